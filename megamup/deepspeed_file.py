@@ -1,0 +1,50 @@
+"""The DeepSpeed config file of a run: ZeRO keys only, everything else is the run config's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+PACKAGE = Path(__file__).resolve().parent
+SHIPPED = (PACKAGE.parent / "ds_configs", PACKAGE / "ds_configs")
+"""Where ds_configs/ lies: beside the package in a checkout, inside it in a wheel."""
+
+OWNED_KEYS = {
+    "train_batch_size": "batch.global_sequences",
+    "train_micro_batch_size_per_gpu": "batch.micro_sequences",
+    "gradient_accumulation_steps": "batch.micro_sequences",
+    "gradient_clipping": "optim.grad_clip",
+    "optimizer": "optim",
+    "scheduler": "schedule",
+    "fp16": "precision",
+    "bf16": "precision",
+    "data_types": "precision",
+    "torch_autocast": "precision",
+    "steps_per_print": "train.log_every",
+    "wandb": "log.wandb",
+    "tensorboard": "log.tensorboard",
+}
+
+
+def load_deepspeed(name: str) -> dict[str, Any]:
+    """Read a DeepSpeed config: a path, or a file of ds_configs/ beside the package.
+
+    Raises:
+        ValueError: the file is missing or broken, or sets a key that the run config owns.
+    """
+    candidates = [Path(name), *(folder / Path(name).name for folder in SHIPPED)]
+    path = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if path is None:
+        known = sorted({file.name for folder in SHIPPED for file in folder.glob("*.json")})
+        raise ValueError(f"deepspeed={name}: no such file; shipped in ds_configs/: {', '.join(known)}")
+    try:
+        keys: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"deepspeed={name}: not JSON: {error}") from error
+    if not isinstance(keys, dict):
+        raise ValueError(f"deepspeed={name}: expected a JSON object, found {type(keys).__name__}")
+    for key, owner in OWNED_KEYS.items():
+        if key in keys:
+            raise ValueError(f"deepspeed={name} sets {key}, which {owner} of the run config sets; remove it there")
+    return keys

@@ -1,0 +1,126 @@
+"""The layers of a decoder. Each is an ``nn.Module`` from one tensor to one tensor, so that a list of them is a model."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megamup.config import Model
+from megamup.kernels.attention import attention
+from megamup.kernels.rotary import rotate
+from megamup.parallel.collectives import copy_to_axis
+from megamup.parallel.layers import (
+    ColumnParallelLinear,
+    Context,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    scaled,
+    vocab_parallel_logits,
+)
+
+
+class TokenEmbedding(VocabParallelEmbedding):
+    """(batch, seq) -> (batch, seq, d_model). When tied, the readout borrows its weight."""
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context, "embedding.token")
+
+
+class PositionEmbedding(nn.Module):
+    """Adds learned positions: (batch, seq, d_model) -> the same."""
+
+    def __init__(self, context: Context) -> None:
+        super().__init__()
+        self.weight = context.parameter("embedding.position")
+        self.multiplier = context.table["embedding.position"].multiplier
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + scaled(self.weight[: x.shape[1]].to(x.dtype), self.multiplier)
+
+
+class Norm(nn.Module):
+    """LayerNorm (gpt) or RMSNorm (llama) over d_model, every rank the whole."""
+
+    def __init__(self, context: Context, model: Model, name: str) -> None:
+        super().__init__()
+        self.weight = context.parameter(f"{name}.weight")
+        self.bias = context.optional(f"{name}.bias")
+        self.centred, self.eps = model.arch == "gpt", model.norm_eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.to(x.dtype)
+        if not self.centred:
+            return F.rms_norm(x, weight.shape, weight, self.eps)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.layer_norm(x, weight.shape, weight, bias, self.eps)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention; a tensor rank holds whole heads."""
+
+    def __init__(self, context: Context, model: Model, name: str, scale: float) -> None:
+        super().__init__()
+        self.axis, self.d_head, self.scale = context.mesh.tensor, model.d_head, scale
+        self.theta = model.rope_theta if model.arch == "llama" else None
+        self.query = ColumnParallelLinear(context, f"{name}.query")
+        self.key = ColumnParallelLinear(context, f"{name}.key")
+        self.value = ColumnParallelLinear(context, f"{name}.value")
+        self.output = RowParallelLinear(context, f"{name}.output")
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, seq, _ = x.shape
+        x = copy_to_axis(x, self.axis)
+
+        def heads(y: Tensor) -> Tensor:  # (batch, seq, heads · d_head) -> (batch, heads, seq, d_head)
+            return y.view(batch, seq, -1, self.d_head).transpose(1, 2)
+
+        query, key, value = heads(self.query(x)), heads(self.key(x)), heads(self.value(x))
+        if self.theta is not None:
+            query, key = rotate(query, self.theta), rotate(key, self.theta)
+        mixed = attention(query, key, value, self.scale)  # (batch, heads / tensor, seq, d_head)
+        return self.output(mixed.transpose(1, 2).reshape(batch, seq, -1))  # type: ignore[no-any-return]
+
+
+class Mlp(nn.Module):
+    """GELU(x Wᵤ) W_d (gpt) or SwiGLU (Shazeer 2020): (SiLU(x W_g) · x Wᵤ) W_d (llama)."""
+
+    def __init__(self, context: Context, model: Model, name: str) -> None:
+        super().__init__()
+        self.axis = context.mesh.tensor
+        self.gate = ColumnParallelLinear(context, f"{name}.gate") if model.arch == "llama" else None
+        self.up = ColumnParallelLinear(context, f"{name}.up")
+        self.down = RowParallelLinear(context, f"{name}.down")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = copy_to_axis(x, self.axis)
+        inner = F.gelu(self.up(x)) if self.gate is None else F.silu(self.gate(x)) * self.up(x)
+        return self.down(inner)  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: (batch, seq, d_model) -> the same."""
+
+    def __init__(self, context: Context, model: Model, layer: int, attention_scale: float) -> None:
+        super().__init__()
+        name = f"blocks.{layer}"
+        self.attention_norm = Norm(context, model, f"{name}.attention_norm")
+        self.attention = Attention(context, model, f"{name}.attention", attention_scale)
+        self.mlp_norm = Norm(context, model, f"{name}.mlp_norm")
+        self.mlp = Mlp(context, model, f"{name}.mlp")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]
+
+
+class Readout(nn.Module):
+    """(batch, seq, d_model) -> (batch, seq, vocab / tensor)."""
+
+    def __init__(self, context: Context) -> None:
+        super().__init__()
+        self.axis = context.mesh.tensor
+        self.weight = context.parameter("readout.weight")
+        self.multiplier = context.table["readout.weight"].multiplier
+
+    def forward(self, x: Tensor) -> Tensor:
+        return vocab_parallel_logits(x, self.weight, self.multiplier, self.axis)

@@ -1,0 +1,53 @@
+"""Joining the process group that a launcher (deepspeed, torchrun, srun, a fork) has prepared in the environment."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import warnings
+
+import torch
+import torch.distributed as dist
+
+
+def world_size() -> int:
+    """Ranks that the launcher started; 1 where there is none. Known before any process group exists."""
+    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
+
+
+def join() -> torch.device:
+    """Join the world and return this rank's device: its CUDA device (NCCL), or the CPU (gloo)."""
+    os.environ.setdefault("RANK", str(rank()))
+    os.environ.setdefault("WORLD_SIZE", str(world_size()))
+    os.environ.setdefault("LOCAL_RANK", str(local_rank()))
+    if world_size() == 1:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        if "MASTER_PORT" not in os.environ:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                os.environ["MASTER_PORT"] = str(free.getsockname()[1])
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local_rank())
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 deprecates, on every step.
+    warnings.filterwarnings("ignore", category=FutureWarning, message="`torch.distributed")
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed's shared-memory all-reduce serves inference only, and is built by a C++ compiler for over a minute
+    # (or fails where there is none): training never calls it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not dist.is_initialized():
+        deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
+    return torch.device("cuda", local_rank()) if cuda else torch.device("cpu")

@@ -1,0 +1,210 @@
+"""One list of layers under two DeepSpeed engines: ZeRO 0-3 without a pipeline, PipelineModule (ZeRO 0-1) with one.
+
+The loop sees one `Engine`: a step on this rank's share of a global batch, and an evaluation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import deepspeed
+import torch
+from deepspeed.pipe import LayerSpec as PipeLayerSpec
+from deepspeed.pipe import PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch import Tensor
+
+from megamup.config import Config, micro_batches
+from megamup.deepspeed_file import load_deepspeed
+from megamup.models.decoder import Decoder, LayerSpec, decoder_layers
+from megamup.parallel.collectives import all_reduce
+from megamup.parallel.loss import vocab_parallel_cross_entropy
+from megamup.parallel.mesh import Axis, Mesh, Mpu
+from megamup.train.optim import ClipByGlobalNorm, adamw, parameter_groups, write_lr
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one rank sees at a time; weights make the loss the mean over the *global* batch's target tokens."""
+
+    tokens: Tensor
+    """(batch, seq), int64"""
+    targets: Tensor
+    """(batch, seq), int64"""
+    weights: Tensor
+    """(batch, seq), fp32: mask / targets of the global batch x (micro batches x data ranks), see `weigh`."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    loss: float
+    """Mean over the target tokens of the global batch, nats."""
+    grad_norm: float
+    """Global 2-norm before clipping."""
+
+
+class Engine(Protocol):
+    deepspeed: Any
+    """The DeepSpeed engine underneath; checkpoints go through it."""
+
+    def train_batch(self, batch: Sequence[MicroBatch], lr: float) -> StepResult: ...
+
+    def evaluate(self, batch: Sequence[MicroBatch]) -> float: ...
+
+
+def weigh(masks: Sequence[Tensor], data: Axis) -> list[Tensor]:
+    """Per-token weights for a rank's micro batches, so that averaging over micro batches and data ranks (which is
+    what DeepSpeed does to gradients) gives sum of losses / number of targets of the global batch.
+
+    Args:
+        masks: (batch, seq) each, 1 where the token is a target.
+    """
+    targets = all_reduce(torch.stack([mask.sum() for mask in masks]).sum(), data)
+    factor = len(masks) * data.size / targets.clamp(min=1)
+    return [mask * factor for mask in masks]
+
+
+def weighted_loss(axis: Axis, logits: Tensor, labels: tuple[Tensor, Tensor]) -> Tensor:
+    targets, weights = labels
+    return (vocab_parallel_cross_entropy(logits, targets, axis) * weights).sum()
+
+
+def build_engine(config: Config, mesh: Mesh, world_size: int) -> Engine:
+    """Build this rank's part of the model and hand it to DeepSpeed. Collective."""
+    specs = decoder_layers(config, mesh)
+    if config.parallel.pipeline == 1:
+        return DataParallelEngine(config, mesh, Decoder(specs), world_size)
+    return PipelinedEngine(config, mesh, specs, world_size)
+
+
+class DataParallelEngine:
+    """DeepSpeedEngine, ZeRO 0-3."""
+
+    def __init__(self, config: Config, mesh: Mesh, module: Decoder, world_size: int) -> None:
+        self.mesh = mesh
+        self.deepspeed, self.clip = initialize(config, mesh, module, world_size, mpu=Mpu(mesh))
+
+    def loss(self, micro: MicroBatch) -> Tensor:
+        return weighted_loss(self.mesh.tensor, self.deepspeed(micro.tokens), (micro.targets, micro.weights))
+
+    def mean(self, losses: list[Tensor]) -> float:
+        """Average over this rank's micro batches and the data axis."""
+        return float(all_reduce(torch.stack(losses).mean(), self.mesh.data)) / self.mesh.data.size
+
+    def train_batch(self, batch: Sequence[MicroBatch], lr: float) -> StepResult:
+        self.deepspeed.train()
+        write_lr(self.deepspeed.optimizer.param_groups, lr)
+        losses = []
+        for micro in batch:
+            loss = self.loss(micro)
+            self.deepspeed.backward(loss)
+            self.deepspeed.step()
+            losses.append(loss.detach())
+        return StepResult(self.mean(losses), grad_norm(self.deepspeed, self.clip))
+
+    def evaluate(self, batch: Sequence[MicroBatch]) -> float:
+        self.deepspeed.eval()
+        with torch.no_grad():
+            return self.mean([self.loss(micro) for micro in batch])
+
+
+class PipelinedEngine:
+    """PipelineEngine over the same list of layers, ZeRO 0-1."""
+
+    def __init__(self, config: Config, mesh: Mesh, specs: list[LayerSpec], world_size: int) -> None:
+        topology = PipeModelDataParallelTopology(
+            num_pp=mesh.pipeline.size, num_mp=mesh.tensor.size, num_dp=mesh.data.size
+        )
+        with quiet():
+            module = PipelineModule(
+                layers=[pipe_spec(spec) for spec in specs],
+                topology=topology,
+                loss_fn=partial(weighted_loss, mesh.tensor),
+                partition_method="type:^Block$",  # as many blocks a stage as possible alike
+            )
+        self.deepspeed, self.clip = initialize(config, mesh, module, world_size, mpu=None)
+
+    def train_batch(self, batch: Sequence[MicroBatch], lr: float) -> StepResult:
+        write_lr(self.deepspeed.optimizer.param_groups, lr)
+        loss = self.deepspeed.train_batch(data_iter=pipe_batches(batch))
+        return StepResult(float(loss), grad_norm(self.deepspeed, self.clip))
+
+    def evaluate(self, batch: Sequence[MicroBatch]) -> float:
+        self.deepspeed.reset_activation_shape()  # an evaluation may use another batch size than training
+        loss = self.deepspeed.eval_batch(data_iter=pipe_batches(batch), num_micro_batches=len(batch))
+        self.deepspeed.reset_activation_shape()
+        return float(loss)
+
+
+def pipe_spec(spec: LayerSpec) -> PipeLayerSpec:
+    if spec.shared is None:
+        return PipeLayerSpec(spec.module, *spec.arguments)
+    return TiedLayerSpec(spec.shared, spec.module, *spec.arguments, forward_fn=spec.borrow)
+
+
+def pipe_batches(batch: Sequence[MicroBatch]) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor]]]:
+    return iter([(micro.tokens, (micro.targets, micro.weights)) for micro in batch])
+
+
+def initialize(
+    config: Config, mesh: Mesh, module: torch.nn.Module, world_size: int, mpu: Mpu | None
+) -> tuple[Any, ClipByGlobalNorm | None]:
+    """``deepspeed.initialize`` with everything that the run config owns injected."""
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    optimizer = adamw(parameter_groups(module.to(device), config))
+    clip = None
+    if config.zero_stage == 0:  # DeepSpeed reports no norm here
+        clip = ClipByGlobalNorm(mesh, config.optim.grad_clip)
+        optimizer.register_step_pre_hook(clip)
+    engine, *_ = deepspeed.initialize(
+        model=module, optimizer=optimizer, config=deepspeed_keys(config, world_size), mpu=mpu, dist_init_required=False
+    )
+    return engine, clip
+
+
+def deepspeed_keys(config: Config, world_size: int) -> dict[str, Any]:
+    """The DeepSpeed config: the user's ZeRO keys and what the run config says of the rest."""
+    micro, accumulation = micro_batches(config, world_size)
+    keys = load_deepspeed(config.deepspeed) | {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.optim.grad_clip if config.zero_stage > 0 else 0.0,
+        "steps_per_print": None,
+    }
+    if config.precision == "bf16" and config.zero_stage > 0:
+        # At ZeRO 0 the parameters stay fp32 and the layers cast them: DeepSpeed has no bf16 there that accumulates
+        # gradients in fp32.
+        keys |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    return keys
+
+
+def grad_norm(engine: Any, clip: ClipByGlobalNorm | None) -> float:
+    return clip.norm if clip is not None else float(engine.get_global_grad_norm())
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """PipelineModule prints its layout with ``print``; ours is in environment.json."""
+    with open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink):
+        yield
+
+
+def save_state(engine: Engine, folder: Path, state: dict[str, Any]) -> None:
+    """Write DeepSpeed's files of all ranks and ``state`` below ``folder``. Collective."""
+    engine.deepspeed.save_checkpoint(str(folder), tag=STATE_TAG, client_state=state, save_latest=False)
+
+
+def load_state(engine: Engine, folder: Path) -> dict[str, Any]:
+    """Restore what `save_state` wrote and return its ``state``. Collective."""
+    _, state = engine.deepspeed.load_checkpoint(str(folder), tag=STATE_TAG)
+    return dict(state)
+
+
+STATE_TAG = "state"
+LossFunction = Callable[[Tensor, tuple[Tensor, Tensor]], Tensor]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import warnings
 
+import deepspeed
 import torch
 import torch.distributed as dist
 
@@ -38,12 +38,6 @@ def join() -> torch.device:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(local_rank())
-    else:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 deprecates, on every step.
-    warnings.filterwarnings("ignore", category=FutureWarning, message="`torch.distributed")
-    import deepspeed
-
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed's shared-memory all-reduce serves inference only, and is built by a C++ compiler for over a minute
     # (or fails where there is none): training never calls it.

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 import deepspeed
@@ -21,6 +20,7 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor
 
 from megamup.config import Config, micro_batches
+from megamup.data.loader import TensorBatch
 from megamup.deepspeed_file import load_deepspeed
 from megamup.models.decoder import Decoder, LayerSpec, decoder_layers
 from megamup.parallel.collectives import all_reduce
@@ -50,6 +50,8 @@ class StepResult:
 
 
 class Engine(Protocol):
+    """A model in training, whatever the layout. Every method is collective."""
+
     deepspeed: Any
     """The DeepSpeed engine underneath; checkpoints go through it."""
 
@@ -58,16 +60,22 @@ class Engine(Protocol):
     def evaluate(self, batch: Sequence[MicroBatch]) -> float: ...
 
 
-def weigh(masks: Sequence[Tensor], data: Axis) -> list[Tensor]:
-    """Per-token weights for a rank's micro batches, so that averaging over micro batches and data ranks (which is
-    what DeepSpeed does to gradients) gives sum of losses / number of targets of the global batch.
+def weigh(batches: Sequence[TensorBatch], data: Axis, device: torch.device) -> tuple[list[MicroBatch], float]:
+    """Turn a rank's share of a global batch into weighted micro batches on its device.
 
-    Args:
-        masks: (batch, seq) each, 1 where the token is a target.
+    The weights make averaging over micro batches and data ranks (which is what DeepSpeed does to gradients) give the
+    sum of losses / number of targets of the global batch. Collective over the data axis.
+
+    Returns:
+        The micro batches, and the number of targets of the global batch.
     """
-    targets = all_reduce(torch.stack([mask.sum() for mask in masks]).sum(), data)
-    factor = len(masks) * data.size / targets.clamp(min=1)
-    return [mask * factor for mask in masks]
+    targets = all_reduce(torch.stack([batch.mask.sum() for batch in batches]).sum().to(device), data)
+    factor = len(batches) * data.size / targets.clamp(min=1)
+    weighted = [
+        MicroBatch(batch.tokens.to(device), batch.targets.to(device), batch.mask.to(device) * factor)
+        for batch in batches
+    ]
+    return weighted, float(targets)
 
 
 def weighted_loss(axis: Axis, logits: Tensor, labels: tuple[Tensor, Tensor]) -> Tensor:
@@ -157,14 +165,16 @@ def initialize(
 ) -> tuple[Any, ClipByGlobalNorm | None]:
     """``deepspeed.initialize`` with everything that the run config owns injected."""
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    optimizer = adamw(parameter_groups(module.to(device), config))
+    optimizer = adamw(parameter_groups(module.to(device), config))  # the groups hold the parameters on the device
     clip = None
     if config.zero_stage == 0:  # DeepSpeed reports no norm here
         clip = ClipByGlobalNorm(mesh, config.optim.grad_clip)
         optimizer.register_step_pre_hook(clip)
-    engine, *_ = deepspeed.initialize(
-        model=module, optimizer=optimizer, config=deepspeed_keys(config, world_size), mpu=mpu, dist_init_required=False
-    )
+    keys = deepspeed_keys(config, world_size)
+    with quiet():
+        engine, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=keys, mpu=mpu, dist_init_required=False
+        )
     return engine, clip
 
 
@@ -190,21 +200,6 @@ def grad_norm(engine: Any, clip: ClipByGlobalNorm | None) -> float:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """PipelineModule prints its layout with ``print``; ours is in environment.json."""
+    """DeepSpeed prints layouts and memory with ``print``; ours are in environment.json and metrics.jsonl."""
     with open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink):
         yield
-
-
-def save_state(engine: Engine, folder: Path, state: dict[str, Any]) -> None:
-    """Write DeepSpeed's files of all ranks and ``state`` below ``folder``. Collective."""
-    engine.deepspeed.save_checkpoint(str(folder), tag=STATE_TAG, client_state=state, save_latest=False)
-
-
-def load_state(engine: Engine, folder: Path) -> dict[str, Any]:
-    """Restore what `save_state` wrote and return its ``state``. Collective."""
-    _, state = engine.deepspeed.load_checkpoint(str(folder), tag=STATE_TAG)
-    return dict(state)
-
-
-STATE_TAG = "state"
-LossFunction = Callable[[Tensor, tuple[Tensor, Tensor]], Tensor]

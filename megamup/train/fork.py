@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -24,78 +24,106 @@ class RankError(RuntimeError):
     """A rank failed; the message holds its traceback."""
 
 
-def run_ranks(function: Callable[..., T], world_size: int, *arguments: Any, threads: int = 1) -> list[T]:
-    """Call ``function(*arguments)`` on forked ranks; return their results in rank order.
-
-    Each rank finds RANK, WORLD_SIZE and a rendezvous in its environment, as under a launcher. When one fails, the
-    others are ended.
+class Ranks(Generic[T]):
+    """``function(*arguments)`` on ``world_size`` forked ranks, which find RANK, WORLD_SIZE and a rendezvous in their
+    environment, as under a launcher. Use as a context: leaving it ends what still runs.
 
     Args:
         threads: CPU threads of each rank.
-
-    Raises:
-        RankError: a rank raised or died.
-        Exception: the rank's own exception, where it can be carried over (a MegamupError, say).
+        log: file that takes the ranks' stdout and stderr; default: this process's own.
     """
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # a port that nobody can take
-    fork = multiprocessing.get_context("fork")
-    pipes: list[Connection] = []
-    processes = []
-    for rank in range(world_size):
-        receive, send = fork.Pipe(duplex=False)
-        environment = {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world_size),
-            "LOCAL_WORLD_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(store.port),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-        }
-        process = fork.Process(target=_rank, args=(send, environment, threads, function, arguments))
-        process.start()
-        send.close()
-        pipes.append(receive)
-        processes.append(process)
-    try:
-        return _collect(pipes)
-    finally:
-        for process in processes:
-            process.terminate()  # those that ended are not harmed
-        for process in processes:
+
+    def __init__(
+        self,
+        function: Callable[..., T],
+        world_size: int,
+        *arguments: Any,
+        threads: int = 1,
+        log: str | None = None,
+    ) -> None:
+        # The ranks meet at a store of this process: a port that nobody can take in between.
+        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.results: dict[int, T] = {}
+        self.pipes: list[Connection] = []
+        self.processes = []
+        fork = multiprocessing.get_context("fork")
+        for rank in range(world_size):
+            receive, send = fork.Pipe(duplex=False)
+            environment = {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world_size),
+                "LOCAL_WORLD_SIZE": str(world_size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(self.store.port),
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
+            }
+            target = (send, environment, threads, log, function, arguments)
+            process = fork.Process(target=_rank, args=target)
+            process.start()
+            send.close()
+            self.pipes.append(receive)
+            self.processes.append(process)
+
+    def poll(self, timeout_s: float | None = 0.0) -> bool:
+        """Take in what ranks have to say, waiting up to ``timeout_s``; True once all are done.
+
+        Raises:
+            RankError: a rank raised or died.
+            MegamupError: a rank raised it.
+        """
+        waiting = {pipe: rank for rank, pipe in enumerate(self.pipes) if rank not in self.results}
+        for pipe in wait(list(waiting), timeout_s):
+            rank = waiting[cast(Connection, pipe)]
+            try:
+                failed, outcome = cast(Connection, pipe).recv()
+            except EOFError:
+                raise RankError(f"rank {rank} died without a word (killed, or out of memory)") from None
+            if failed:
+                raise outcome
+            self.results[rank] = outcome
+        return len(self.results) == len(self.pipes)
+
+    def __enter__(self) -> Ranks[T]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            process.terminate()  # one that ended isn't harmed
+        for process in self.processes:
             process.join(timeout=10)
             if process.is_alive():
                 process.kill()
                 process.join()
 
 
-def _collect(pipes: list[Connection]) -> list[Any]:
-    results: dict[int, Any] = {}
-    while len(results) < len(pipes):
-        waiting = {pipe: rank for rank, pipe in enumerate(pipes) if rank not in results}
-        for pipe in wait(list(waiting)):
-            assert isinstance(pipe, Connection)
-            rank = waiting[pipe]
-            try:
-                failed, outcome = pipe.recv()
-            except EOFError:
-                raise RankError(f"rank {rank} died without a word (killed, or out of memory)") from None
-            if failed:
-                raise outcome
-            results[rank] = outcome
-    return [results[rank] for rank in range(len(pipes))]
+def run_ranks(function: Callable[..., T], world_size: int, *arguments: Any, threads: int = 1) -> list[T]:
+    """Call ``function(*arguments)`` on forked ranks and return their results in rank order; raises as `Ranks.poll`."""
+    with Ranks(function, world_size, *arguments, threads=threads) as ranks:
+        while not ranks.poll(None):
+            pass
+        return [ranks.results[rank] for rank in range(world_size)]
 
 
 def _rank(
-    pipe: Connection, environment: dict[str, str], threads: int, function: Callable[..., Any], arguments: Any
+    pipe: Connection,
+    environment: dict[str, str],
+    threads: int,
+    log: str | None,
+    function: Callable[..., Any],
+    arguments: Any,
 ) -> None:
     os.environ.update(environment)
     torch.set_num_threads(threads)
+    if log is not None:
+        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
     try:
         outcome = (False, function(*arguments))
     except Exception as error:
         described = RankError(f"rank {environment['RANK']} failed:\n{traceback.format_exc()}")
-        outcome = (True, error if type(error).__module__.startswith("megamup") else described)
+        outcome = (True, error if type(error).__module__.startswith("megamup.") else described)
     pipe.send(outcome)
     pipe.close()
     sys.stdout.flush()

@@ -1,0 +1,1 @@
+"""Pretraining under maximal update parametrization, exact under sharding."""

@@ -1,0 +1,41 @@
+"""``megamup NAME ...``: the programs of tools/ and launch/, where the package is installed without its checkout."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import cast
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+def programs() -> dict[str, Path]:
+    """Programs by name: inside the package in a wheel, beside it in a checkout."""
+    found: dict[str, Path] = {}
+    for root in (PACKAGE.parent, PACKAGE):
+        for folder in ("tools", "launch"):
+            found |= {path.stem: path for path in sorted((root / folder).glob("[!_]*.py"))}
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if argv is None else argv
+    known = programs()
+    if not arguments or arguments[0] not in known:
+        print(f"usage: megamup NAME ...\nNAME: {', '.join(sorted(known))}", file=sys.stderr)
+        return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
+    path = known[arguments[0]]
+    sys.argv = [f"megamup {arguments[0]}", *arguments[1:]]
+    spec = importlib.util.spec_from_file_location(f"megamup_program_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # worker processes look functions up by module name
+    spec.loader.exec_module(module)
+    return cast(int, module.main(arguments[1:]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,12 @@
+"""Training under DeepSpeed."""
+
+import os
+import warnings
+
+import torch
+
+# Both are settled when DeepSpeed is first imported: its accelerator, and a warning that torch 2.13 raises on every
+# step because DeepSpeed 0.19.8 calls collectives by names that are being renamed.
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+warnings.filterwarnings("ignore", category=FutureWarning, message="`torch.distributed")

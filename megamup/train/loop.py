@@ -1,0 +1,159 @@
+"""The training loop: what happens between a checked config and a trained model, the same for every layout."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megamup.config import Config, micro_batches
+from megamup.data.loader import BatchStream, TensorBatch, open_sources
+from megamup.errors import MegamupError, OneRankError
+from megamup.parallel.mesh import Mesh, build_mesh
+from megamup.train import checkpoint, distributed, run_folder
+from megamup.train.engine import Engine, build_engine, weigh
+from megamup.train.metrics import Recorder, peak_flops
+from megamup.train.schedule import lr_factor
+
+
+class DivergedError(MegamupError):
+    """The loss left the finite numbers; the run's weights are lost from that step on."""
+
+    LABEL = "the loss diverged"
+
+
+@dataclass
+class Training:
+    """Everything that a step needs."""
+
+    config: Config
+    mesh: Mesh
+    device: torch.device
+    engine: Engine
+    train_data: BatchStream
+    valid_data: BatchStream | None
+    recorder: Recorder
+
+
+def train(config: Config) -> dict[str, float]:
+    """Train as ``config`` says, resuming from the run's last checkpoint. Every rank calls it; returns the last metrics.
+
+    Raises:
+        MegamupError: before the process group exists, where anything in config, data or run folder is wrong.
+        DivergedError: the loss became infinite or NaN.
+    """
+    world_size = distributed.world_size()
+    micro_batches(config, world_size)
+    open_data(config, 0, world_size)
+    resumed = run_folder.resume_point(config, world_size)
+    if resumed is not None and resumed[0] >= config.train.steps:
+        return already_done(config, resumed[1])
+    run = start(config, world_size, resumed)
+    step, record = resumed[0] if resumed else 0, {}
+    try:
+        while step < config.train.steps:
+            record = train_step(run, step)
+            step += 1
+    finally:
+        run.recorder.close()
+    dist.barrier()
+    return record
+
+
+def train_step(run: Training, step: int) -> dict[str, float]:
+    """One optimizer update and what is due after it; returns the metrics of the step."""
+    config, due = run.config, Due(run.config, step + 1)
+    lr = config.optim.lr * lr_factor(config.schedule, step, config.train.steps)
+    batch, _ = weigh(read(run.train_data, step), run.mesh.data, run.device)
+    result = run.engine.train_batch(batch, lr)
+    if not math.isfinite(result.loss):
+        raise DivergedError(
+            f"{DivergedError.LABEL} at step {step + 1}: {result.loss}; lower optim.lr={config.optim.lr}"
+        )
+    if not (due.log or due.evaluation or due.save):
+        return {}
+    values = {"loss": result.loss, "lr": lr, "grad_norm": result.grad_norm}
+    with run.recorder.pause():
+        if due.evaluation:
+            values["valid_loss"] = evaluate(run)
+        if due.save:
+            checkpoint.save(run.engine, config.run.folder / "checkpoints", step + 1, config)
+    return run.recorder.step(step + 1, **values)
+
+
+class Due:
+    """What is due after ``step`` updates; the last step is always logged, and evaluated and saved if ever."""
+
+    def __init__(self, config: Config, step: int) -> None:
+        train, last = config.train, step == config.train.steps
+        self.log = last or step % train.log_every == 0 or step == 1
+        self.evaluation = config.data.valid is not None and (last or bool(train.eval_every) and step % train.eval_every == 0)
+        self.save = bool(train.save_every) and (last or step % train.save_every == 0)
+
+
+def evaluate(run: Training) -> float:
+    """Mean loss over the target tokens of the held-out data, or of its first ``train.eval_sequences``."""
+    assert run.valid_data is not None
+    steps, wanted = len(run.valid_data), run.config.train.eval_sequences
+    if wanted is not None:
+        steps = min(steps, math.ceil(wanted / run.config.batch.global_sequences))
+    total, targets = 0.0, 0.0
+    for step in range(steps):
+        batch, count = weigh(read(run.valid_data, step), run.mesh.data, run.device)
+        total += count * run.engine.evaluate(batch)
+        targets += count
+    return total / targets
+
+
+def read(data: BatchStream, step: int) -> list[TensorBatch]:
+    """This rank's micro batches. Raises OneRankError where they hold a token that the model doesn't have."""
+    try:
+        return data.micro_batches(step)
+    except MegamupError as error:
+        raise OneRankError(str(error)) from error
+
+
+def open_data(config: Config, data_rank: int, world_size: int) -> tuple[BatchStream, BatchStream | None]:
+    """Open and check the shards."""
+    micro, _ = micro_batches(config, world_size)
+    data_size = config.parallel.data(world_size)
+
+    def stream(sources: object, shuffle: bool) -> BatchStream:
+        source = open_sources(
+            sources,  # type: ignore[arg-type]
+            seq_len=config.seq_len,
+            vocab_size=config.model.vocab_size,
+            seed=config.run.seed,
+            shuffle=shuffle,
+        )
+        return BatchStream(source, config.batch.global_sequences, micro, data_rank, data_size)
+
+    valid = None if config.data.valid is None else stream(config.data.valid, shuffle=False)
+    return stream(config.data.train, shuffle=True), valid
+
+
+def start(config: Config, world_size: int, resumed: tuple[int, Path] | None) -> Training:
+    """Join the process group, build this rank's part and restore a checkpoint. Collective."""
+    device = distributed.join()
+    mesh = build_mesh(config.parallel.tensor, config.parallel.pipeline)
+    train_data, valid_data = open_data(config, mesh.data.rank, world_size)
+    engine = build_engine(config, mesh, world_size)
+    peak = peak_flops(config, device)
+    step = checkpoint.load(engine, resumed[1]) if resumed else 0
+    first = distributed.rank() == 0
+    if first:
+        environment = run_folder.environment(config, checkpoint.layout(config, world_size), peak)
+        run_folder.prepare(config, environment, step)
+        if resumed:
+            print(f"resuming from {resumed[1]}", flush=True)
+    recorder = Recorder(config, peak["peak_flops"], step, first, device)
+    return Training(config, mesh, device, engine, train_data, valid_data, recorder)
+
+
+def already_done(config: Config, path: Path) -> dict[str, float]:
+    if distributed.rank() == 0:
+        print(f"{config.run.folder}: all {config.train.steps} steps are done ({path.name}); nothing to do", flush=True)
+    return run_folder.last_record(config)

@@ -1,0 +1,176 @@
+"""Profile intervals against a constrained search by scipy, the textbook's, and simulation."""
+
+import numpy as np
+import pytest
+from scipy.optimize import curve_fit, minimize
+from scipy.stats import binom
+from scipy.stats import t as student
+
+from megamup.scaling.fit import Fit, fit_law
+from megamup.scaling.laws import POWER, FloatArray
+from megamup.scaling.uncertainty import covariance, no_interval_reason, parameter_intervals, predict
+
+TRUE_B, TRUE_C, NOISE = -0.15, 1.7, 0.003
+X = np.logspace(0, 3, 6)
+
+
+def true_loss(x: FloatArray) -> FloatArray:
+    return np.asarray(2 * x**TRUE_B + TRUE_C)
+
+
+def noisy_fit(seed: int, x: FloatArray = X, starts: int = 24) -> Fit:
+    random = np.random.default_rng(seed)
+    return fit_law(POWER, x, true_loss(x) * (1 + NOISE * random.standard_normal(len(x))), starts=starts)
+
+
+def region_limit(fit: Fit) -> float:
+    """The sum of squares at the edge of the 95% region, by its definition."""
+    dof = fit.degrees_of_freedom
+    return float(fit.objective_value * (1 + student.ppf(0.975, dof) ** 2 / dof))
+
+
+def searched_extreme(fit: Fit, index: int, sign: float) -> float:
+    """The least (sign 1) or largest (sign -1) value of a parameter within the region, by SLSQP."""
+    x, loss, limit = fit.inputs[:, 0], fit.loss, region_limit(fit)
+
+    def quantity(p: FloatArray) -> float:
+        return float(sign * p[index])
+
+    def room(p: FloatArray) -> float:
+        return float(1 - np.sum((p[0] * x ** p[1] + p[2] - loss) ** 2) / limit)
+
+    found = minimize(
+        quantity,
+        list(fit.parameters.values()),
+        method="SLSQP",
+        bounds=[(0, None), (-3, -0.005), (0, None)],
+        constraints={"type": "ineq", "fun": room},
+        options={"ftol": 1e-14, "maxiter": 2000},
+    )
+    return float(sign * found.fun)
+
+
+def refitted_rss(x: FloatArray, loss: FloatArray, start: list[float]) -> float:
+    """The least sum of squares of the power law, by curve_fit."""
+    parameters, _ = curve_fit(lambda x, a, b, c: a * x**b + c, x, loss, p0=start, xtol=1e-14, ftol=1e-14)
+    a, b, c = parameters
+    return float(np.sum((a * x**b + c - loss) ** 2))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_parameter_intervals_are_the_extremes_over_the_region(seed: int) -> None:
+    fit = noisy_fit(seed)
+    for index, (low, high) in enumerate(parameter_intervals(fit).values()):
+        assert low == pytest.approx(searched_extreme(fit, index, 1), rel=2e-4)
+        assert high == pytest.approx(searched_extreme(fit, index, -1), rel=2e-4)
+
+
+@pytest.mark.parametrize("target", [30.0, 1e4, 1e6])
+def test_a_new_run_at_the_end_of_its_interval_takes_the_refit_to_the_edge_of_the_region(
+    target: float,
+) -> None:
+    fit = noisy_fit(3)
+    prediction = predict(fit, [target])
+    for end in (prediction.low[0], prediction.high[0]):
+        x, loss = np.append(fit.inputs[:, 0], target), np.append(fit.loss, end)
+        assert refitted_rss(x, loss, list(fit.parameters.values())) == pytest.approx(
+            region_limit(fit), rel=1e-4
+        )
+
+
+def test_many_points_give_the_textbook_intervals() -> None:
+    # With much data the region is an ellipse: profile, delta method and t-quantile agree.
+    x = np.logspace(0, 6, 400)
+    fit = noisy_fit(0, x)
+    matrix = covariance(fit)
+    assert matrix is not None
+    quantile = student.ppf(0.975, fit.degrees_of_freedom)
+    for (low, high), value, variance in zip(
+        parameter_intervals(fit).values(), fit.parameters.values(), np.diag(matrix), strict=True
+    ):
+        half = quantile * np.sqrt(variance)
+        assert low == pytest.approx(value - half, abs=0.03 * half)
+        assert high == pytest.approx(value + half, abs=0.03 * half)
+    p = fit.parameters
+    gradient = np.array([1e3 ** p["b"], p["a"] * 1e3 ** p["b"] * np.log(1e3), 1.0])
+    assert fit.residual_std is not None
+    half = quantile * np.sqrt(gradient @ matrix @ gradient + fit.residual_std**2)
+    prediction = predict(fit, [1e3])
+    assert prediction.high[0] - prediction.loss[0] == pytest.approx(half, rel=0.01)
+    assert prediction.loss[0] - prediction.low[0] == pytest.approx(half, rel=0.01)
+
+
+def test_prediction_intervals_hold_a_new_run_as_often_as_they_say() -> None:
+    repeats, target = 300, 1e4
+    truth = float(true_loss(np.array([target]))[0])
+    random = np.random.default_rng(7)
+    held = 0
+    for seed in range(repeats):
+        prediction = predict(noisy_fit(seed, starts=3), [target])
+        held += bool(
+            prediction.low[0] <= truth * (1 + NOISE * random.standard_normal()) <= prediction.high[0]
+        )
+    assert 0.90 <= held / repeats <= 0.99
+    # And not by luck: 95% itself is within what 300 repeats can tell.
+    assert 0.001 < binom.cdf(held, repeats, 0.95) < 0.999
+
+
+def test_parameter_intervals_hold_the_truth_as_often_as_they_say() -> None:
+    repeats = 150
+    truth = {"a": 2.0, "b": TRUE_B, "c": TRUE_C}
+    held = dict.fromkeys(truth, 0)
+    for seed in range(repeats):
+        for name, (low, high) in parameter_intervals(noisy_fit(seed, starts=3)).items():
+            held[name] += (low is None or low <= truth[name]) and (high is None or truth[name] <= high)
+    assert all(0.90 <= count / repeats <= 0.99 for count in held.values()), held
+
+
+def test_band_falls_with_x_and_widens_beyond_the_runs() -> None:
+    x = np.geomspace(1, 1e8, 60)
+    prediction = predict(noisy_fit(4), x)
+    assert np.all(np.diff(prediction.high) <= 0)
+    assert np.all(np.diff(prediction.low) <= 0)
+    assert np.all((prediction.low < prediction.loss) & (prediction.loss < prediction.high))
+    width = (prediction.high - prediction.low)[x > X.max()]
+    assert np.all(np.diff(width) > 0)
+
+
+def test_intervals_do_not_depend_on_the_unit_of_x() -> None:
+    fit = noisy_fit(5)
+    scaled = fit_law(POWER, fit.inputs * 1e24, fit.loss)
+    for name in ("b", "c"):
+        assert parameter_intervals(scaled)[name] == pytest.approx(parameter_intervals(fit)[name], rel=1e-6)
+    assert predict(scaled, [1e28]).high == pytest.approx(predict(fit, [1e4]).high, rel=1e-8)
+
+
+def test_offset_interval_ends_at_zero() -> None:
+    # Over less than a decade an offset of 0 fits as well as any.
+    x = np.logspace(0, 0.7, 6)
+    low, high = parameter_intervals(noisy_fit(0, x))["c"]
+    assert low == 0
+    assert high is None or high < true_loss(x).max()
+
+
+def test_exact_points_have_intervals_of_no_width() -> None:
+    fit = fit_law(POWER, X, true_loss(X))
+    for name, (low, high) in parameter_intervals(fit).items():
+        assert low == pytest.approx(fit.parameters[name], rel=1e-8)
+        assert high == pytest.approx(fit.parameters[name], rel=1e-8)
+
+
+def test_as_many_points_as_parameters_have_no_intervals() -> None:
+    fit = noisy_fit(0, X[::2])
+    assert parameter_intervals(fit) == dict.fromkeys("abc", (None, None))
+    assert np.isnan(predict(fit, [1e4]).low[0])
+    assert covariance(fit) is None
+    assert no_interval_reason(fit) == (
+        "3 points determine 3 parameters and leave none to measure the noise by: add a run"
+    )
+
+
+def test_relative_objective_scales_the_noise_with_the_loss() -> None:
+    x = np.logspace(0, 6, 60)
+    loss = noisy_fit(0, x).loss
+    prediction = predict(fit_law(POWER, x, loss, objective="relative"), [1.0, 1e6])
+    share = (prediction.high - prediction.low) / prediction.loss / 2
+    assert share == pytest.approx([2 * NOISE, 2 * NOISE], rel=0.25)

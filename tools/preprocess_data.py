@@ -1,0 +1,127 @@
+#!/usr/bin/env python3
+"""Text to memory-mapped token shards in Megatron's format, PREFIX.bin, PREFIX.idx and a manifest PREFIX.json.
+
+tools/preprocess_data.py --input corpus.jsonl.gz --output-prefix data/c4 --tokenizer tok.model --workers 8
+tools/preprocess_data.py --input src/ --suffix .py --exclude test --output-prefix data/code --tokenizer bytes
+"""
+
+import argparse
+import os
+import sys
+import time
+
+from megamup.data.preprocess import Encoder, Report, preprocess
+from megamup.data.readers import Found, describe_skipped, find_files
+from megamup.data.tokenizer import load_tokenizer
+from megamup.errors import MegamupError
+
+
+def fraction(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a number between 0 and 1")
+    return value
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a positive number")
+    return value
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="F",
+        help="text files (one document each), folders of them, JSON lines; each also gzipped",
+    )
+    parser.add_argument("--output-prefix", required=True, metavar="P", help="shard to write")
+    parser.add_argument(
+        "--tokenizer", required=True, metavar="SPEC", help="a SentencePiece .model file, or `bytes`"
+    )
+    parser.add_argument("--text-key", default="text", help="key of the text in JSON lines (default: text)")
+    parser.add_argument(
+        "--workers",
+        type=positive,
+        default=len(os.sched_getaffinity(0)),
+        help="processes that tokenize, without effect on the output (default: the cores, %(default)s)",
+    )
+    parser.add_argument(
+        "--valid-fraction",
+        type=fraction,
+        default=0.0,
+        metavar="F",
+        help="write P_train and P_valid, this share of the documents in P_valid",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the choice of documents for P_valid (default: 0)"
+    )
+    parser.add_argument(
+        "--suffix",
+        nargs="+",
+        default=[],
+        metavar="S",
+        help="in folders, read only names that end in one of these",
+    )
+    parser.add_argument(
+        "--exclude",
+        nargs="+",
+        default=[],
+        metavar="GLOB",
+        help="in folders, leave out files and folders whose name or path below the folder matches",
+    )
+    parser.add_argument(
+        "--on-error",
+        choices=["stop", "skip"],
+        default="stop",
+        help="on a document that isn't UTF-8 or valid JSON: stop (default), or leave it out and report it",
+    )
+    return parser
+
+
+def print_report(report: Report, found: Found, seconds: float) -> None:
+    for prefix, shard in report.shards.items():
+        print(
+            f"{prefix}: {shard.documents:,} documents, {shard.tokens:,} tokens ({shard.dtype}), "
+            f"{shard.text_bytes / shard.tokens:.2f} bytes per token"
+        )
+    size = sum(shard.text_bytes for shard in report.shards.values())
+    print(
+        f"{size / 1e6:,.1f} MB of text from {len(found.files):,} files{describe_skipped(found)} "
+        f"in {seconds:.1f} s: {size / 1e6 / seconds:.1f} MB/s"
+    )
+    if report.empty:
+        print(f"skipped {report.empty:,} empty documents")
+    if report.unreadable:
+        print(f"skipped {report.unreadable:,} unreadable documents:")
+        print("\n".join(f"  {reason}" for reason in report.named))
+        if report.unreadable > len(report.named):
+            print(f"  and {report.unreadable - len(report.named):,} more")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    start = time.monotonic()
+    try:
+        tokenizer = load_tokenizer(args.tokenizer)
+        found = find_files(args.input, args.suffix, args.exclude)
+        encoder = Encoder(tokenizer, args.text_key, args.valid_fraction, args.seed, args.on_error)
+        report = preprocess(found, encoder, args.output_prefix, args.workers)
+    except MegamupError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
+    print_report(report, found, time.monotonic() - start)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+#!/usr/bin/env python3
+"""Run a study: ``tools/sweep.py STUDY.yaml [a.b=c ...]``. Finished trials are not run again.
+
+Trials are run folders below run.dir/STUDY; beside them come results.json and best.yaml, which holds what the best
+trial sets and can be merged after the study's configs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from megamup.errors import MegamupError
+from megamup.sweep import load_study, run_study, table_lines, trials, write_results
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path, help="study file (YAML)")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="config keys for every trial")
+    arguments = parser.parse_args(argv)
+    try:
+        study, base = load_study(arguments.study, arguments.overrides)
+        planned = trials(study, base)
+        run_study(study, planned)
+        best = write_results(study, planned)
+        for line in table_lines(study, planned):
+            print(line)
+        print(f"best.yaml: {best}")
+    except MegamupError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on with the trials that are not finished", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -197,7 +197,7 @@ def _encoded_batches(
     waiting: deque[Future[EncodedBatch]] = deque()
     try:
         for first, batch in batches:
-            waiting.append(pool.submit(_work, first, batch))
+            waiting.append(_submit(pool, first, batch))
             if len(waiting) > 2 * workers:
                 yield waiting.popleft().result()
         while waiting:
@@ -210,13 +210,25 @@ def _encoded_batches(
         pool.shutdown(cancel_futures=True)
 
 
+def _submit(pool: ProcessPoolExecutor, first: int, batch: list[Record]) -> Future[EncodedBatch]:
+    """Submit a batch, with Ctrl-C held back meanwhile.
+
+    Ctrl-C reaches all processes of a terminal. Workers that `submit` starts inherit the held signal, so it is
+    the parent alone that stops, and then stops them.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return pool.submit(_work, first, batch)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 _encoder: Encoder
 
 
 def _start_worker(encoder: Encoder) -> None:
     global _encoder
     _encoder = encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent cleans up
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 

@@ -20,7 +20,7 @@ from megamup.data.shards import Shard
 from megamup.data.tokenizer import Ids
 from megamup.errors import MegamupError
 
-FEISTEL_ROUNDS = 8  # even; more than a large n needs, so that permutations of few samples are near uniform too
+FEISTEL_ROUNDS = 8  # even; more than a large n needs, so that few samples are shuffled well too
 MASK_64 = (1 << 64) - 1
 
 

@@ -61,7 +61,7 @@ def law_figure(result: Result, held: Sequence[Point]) -> "Figure":
     _scatter(axes, result, held, HELD, "D", "held-out runs")
     losses = np.array([point.loss for point in (*points, *held)])
     _draw_offset(axes, result.fit.parameters["c"], float(losses.min()), float(np.ptp(losses)))
-    axes.legend(frameon=False, labelcolor=INK)
+    _legend(axes)
     return figure
 
 
@@ -80,7 +80,7 @@ def residual_figure(result: Result, held: Sequence[Point]) -> "Figure":
             axes.vlines(x, 0, residual, color=color, lw=1.2, alpha=0.6)
             axes.plot(x, residual, marker, color=color, ms=6, label=label)
     axes.margins(x=0.08, y=0.2)
-    axes.legend(frameon=False, labelcolor=INK)
+    _legend(axes)
     return figure
 
 
@@ -91,19 +91,18 @@ def curve_figure(curves: Sequence[tuple[str, Curve]], held: Sequence[tuple[str, 
     figure, axes = _axes("tokens", "training loss (nats per token)")
     axes.set_xscale("log")
     # The middle of the map reads on white and on black.
-    colors = colormaps["viridis"](np.linspace(0.25, 0.8, max(len(curves), 1)))
+    colors = colormaps["viridis"](np.linspace(0.35, 0.8, max(len(curves), 1)))
     for color, (name, curve) in zip(colors, curves, strict=False):
         axes.plot(*_thinned(curve), color=color, lw=1.3, label=name)
     for name, curve in held:
         axes.plot(*_thinned(curve), color=HELD, lw=1.3, ls="--", label=f"{name} (held out)")
     columns = 1 + (len(curves) + len(held)) // 12
-    axes.legend(frameon=False, labelcolor=INK, ncols=columns, fontsize=8)
+    _legend(axes, columns, 8)
     return figure
 
 
 def to_svg(figure: "Figure", name: str, description: str) -> str:
-    """The figure as one inline `<svg>` element: no id that another figure has, colours from the page's
-    variables.
+    """The figure as one inline `<svg>` element, with ids of its own and colours from the page's variables.
 
     `name` starts every id; `description` is what a screen reader says, and must be escaped already.
     """
@@ -139,12 +138,19 @@ def _axes(x_label: str, y_label: str) -> tuple["Figure", "Axes"]:
     axes.patch.set_alpha(0)
     axes.set_xlabel(x_label, color=INK)
     axes.set_ylabel(y_label, color=INK)
+    axes.xaxis.label.set_parse_math(False)  # so may a table's column
     axes.tick_params(which="both", color=MUTED, labelcolor=INK, length=3)
     axes.grid(color=GRID, lw=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(MUTED)
     return figure, axes
+
+
+def _legend(axes: "Axes", columns: int = 1, size: float = 10) -> None:
+    legend = axes.legend(frameon=False, labelcolor=INK, ncols=columns, fontsize=size)
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a run may have $ in its name
 
 
 def _scatter(

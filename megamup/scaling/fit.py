@@ -31,6 +31,9 @@ MAX_CONDITION_NUMBER = 1e4
 MAX_GRADIENT_NORM = 1e-7
 MIN_SHARE_OF_STARTS = 0.5
 
+# An exponent within 0.1% of an end of its searched range has been stopped by it.
+BOUND_TOLERANCE = 1e-3
+
 
 @dataclass(frozen=True)
 class Diagnostics:
@@ -111,15 +114,16 @@ class Face:
     """(..., f): the optimum on this face."""
     rss: FloatArray
     """(...,): residual sum of squares there."""
-    factor: FloatArray
-    """(..., f, f): R of the basis' QR factorization."""
+    q: FloatArray
+    """(..., n, f): orthonormal columns of the face's basis B = QR."""
+    r: FloatArray
+    """(..., f, f)"""
 
 
 def fit_law(
     law: Law, inputs: ArrayLike, loss: ArrayLike, *, objective: str = "loss", starts: int = STARTS
 ) -> Fit:
-    """Fit `law` to points: the exponents' searched range is covered by `starts`, each is polished, the best
-    kept.
+    """Fit `law` to points, from `starts` spread over the exponents' range; the best end is kept.
 
     Args:
         inputs: (n, d), or (n,) for a law of one input; above 0, in any unit.
@@ -127,9 +131,14 @@ def fit_law(
         objective: a key of `OBJECTIVES`.
 
     Raises:
-        MegamupError: fewer points, or fewer different inputs, than the law has parameters.
+        MegamupError: fewer points, or fewer different inputs, than the law has parameters; a value not
+            above 0.
     """
     x, y = as_inputs(inputs), np.asarray(loss, dtype=np.float64)
+    if not (np.all(x > 0) and np.all(y > 0) and np.all(np.isfinite(x)) and np.all(np.isfinite(y))):
+        raise MegamupError(
+            f"points: inputs {x.tolist()}, losses {y.tolist()}; expected finite numbers above 0"
+        )
     _check_enough(law, x)
     w = weights(y, objective)
     log_x = np.log(x) - np.mean(np.log(x), axis=0)
@@ -138,10 +147,13 @@ def fit_law(
         least_squares(reduced.residual, start, jac=reduced.jacobian, bounds=reduced.bounds, **_TOLERANCES)
         for start in start_grid(law, starts)
     ]
-    best = min(ends, key=lambda end: float(end.cost))
+    least = min(float(end.cost) for end in ends)
     # Equal to rounding: relative where there is noise, to the size of the losses where the fit is exact.
-    tolerance = 1e-6 * best.cost + 1e-20 * float(np.sum((y * w) ** 2))
-    share = sum(bool(end.cost <= best.cost + tolerance) for end in ends) / len(ends)
+    tolerance = 1e-10 * least + 1e-20 * float(np.sum((y * w) ** 2))
+    at_optimum = [end for end in ends if end.cost <= least + tolerance]
+    # The objective is flat to rounding around its optimum; its gradient still tells which end is nearest.
+    best = min(at_optimum, key=lambda end: float(end.optimality))
+    share = len(at_optimum) / len(ends)
     exponents = reduced.exponents(best.x)
     coefficients = np.zeros(len(law.coefficients))
     face = best_face(law.terms(exponents, log_x) * w[:, np.newaxis], y * w)
@@ -206,8 +218,7 @@ def exponents_from_logs(law: Law, logs: FloatArray) -> FloatArray:
 def faces(basis: FloatArray, y: FloatArray) -> Iterator[Face]:
     """Least squares of `y` (n,) on every non-empty subset of the k columns of `basis` (..., n, k).
 
-    With nonnegative coefficients the optimum is the best feasible one of these 2^k - 1 (k is at most 3 or
-    so).
+    With nonnegative coefficients the optimum is the best feasible one of these 2^k - 1; k is 3 at most.
     """
     k = basis.shape[-1]
     for size in range(k, 0, -1):
@@ -216,18 +227,23 @@ def faces(basis: FloatArray, y: FloatArray) -> Iterator[Face]:
             projected = np.einsum("...nf,n->...f", q, y)
             coefficients = np.linalg.solve(r, projected[..., np.newaxis])[..., 0]
             residual = y - np.einsum("...nf,...f->...n", q, projected)
-            yield Face(columns, coefficients, np.sum(residual**2, axis=-1), r)
+            yield Face(columns, coefficients, np.sum(residual**2, axis=-1), q, r)
 
 
 def best_face(basis: FloatArray, y: FloatArray) -> Face:
     """Nonnegative least squares on one `basis` (n, k): the best face whose coefficients are all >= 0."""
-    feasible = [face for face in faces(basis, y) if np.all(face.coefficients >= 0)]
+    feasible = []
+    for face in faces(basis, y):
+        if np.all(face.coefficients >= 0):
+            if len(face.columns) == basis.shape[-1]:
+                return face  # the free optimum, which no constraint can better
+            feasible.append(face)
     return min(feasible, key=lambda face: float(face.rss))
 
 
-# Machine precision or nothing: a ladder has few points, and a stop at scipy's 1e-8 shows in the
-# extrapolated loss.
-_TOLERANCES: dict[str, Any] = {"ftol": None, "xtol": 1e-15, "gtol": 1e-15, "max_nfev": 200}
+# Far below scipy's 1e-8: a ladder has few points, and an early stop shows in the extrapolated loss. A stop on
+# the objective (ftol) comes early by nature, as it is flat there.
+_TOLERANCES: dict[str, Any] = {"ftol": None, "xtol": 1e-12, "gtol": 1e-15, "max_nfev": 200}
 
 
 @dataclass(frozen=True)
@@ -267,15 +283,14 @@ class _Reduced:
         basis = self.basis(logs)
         face = best_face(basis, self.y)
         columns = list(face.columns)
-        q = np.linalg.qr(basis[:, columns])[0]
         residual = basis[:, columns] @ face.coefficients - self.y
         # d exponent / d log size = exponent
         gradient = self.law.terms_gradient(exponents, self.log_x) * exponents[:, np.newaxis, np.newaxis]
         derivative = gradient[..., columns] * self.w[:, np.newaxis]  # (q, n, f)
         along = derivative @ face.coefficients  # (q, n)
-        along -= (along @ q) @ q.T
+        along -= (along @ face.q) @ face.q.T
         turned = np.einsum("qnf,n->qf", derivative, residual)
-        pseudo_inverse = np.linalg.solve(face.factor, q.T)  # (f, n)
+        pseudo_inverse = np.linalg.solve(face.r, face.q.T)  # (f, n)
         jacobian: FloatArray = (along - turned @ pseudo_inverse).T
         return jacobian
 
@@ -310,11 +325,10 @@ def _diagnose(
     residual = basis @ coefficients - reduced.y
     # By the log of each parameter, so that their units don't count.
     jacobian = np.column_stack([basis * coefficients, by_exponent.T * exponents])
-    values = np.concatenate([coefficients, np.log(np.abs(exponents))])
     low, high = _log_bounds(law)
-    zeros = np.zeros(len(coefficients))
-    bound = np.isclose(values, np.concatenate([zeros, low]), rtol=0, atol=1e-8)
-    bound |= np.isclose(values, np.concatenate([zeros, high]), rtol=0, atol=1e-8)
+    logs = np.log(np.abs(exponents))
+    stopped = (logs - low < BOUND_TOLERANCE) | (high - logs < BOUND_TOLERANCE)
+    bound = np.concatenate([coefficients == 0, stopped])
     free = jacobian[:, ~bound]
     # A coefficient at 0 takes its exponent's effect with it; such a column has no direction.
     free = free[:, np.linalg.norm(free, axis=0) > 0]

@@ -128,7 +128,7 @@ def _headline(verdicts: Sequence[Verdict]) -> str:
 
 def _card(verdict: Verdict) -> str:
     if verdict.inside is None:
-        interval, state, word = "no interval", "unknown", "no interval"
+        interval, state, word = "too few runs to measure the noise", "unknown", "no interval"
     else:
         interval = f"95% interval {verdict.low:.4f} to {verdict.high:.4f}"
         state = "inside" if verdict.inside else "outside"

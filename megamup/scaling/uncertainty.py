@@ -68,8 +68,7 @@ def predict(fit: Fit, inputs: ArrayLike, level: float = LEVEL) -> Prediction:
     """The prediction interval at `inputs` (m, d) or (m,): it holds the loss of one new run, noise included.
 
     It is the profile interval of the new run's loss y when y joins the data: the largest y for which some
-    parameters keep S + (y - L)² within the region. For a law linear in its parameters this is the textbook
-    prediction interval.
+    parameters keep S + (y - L)² within the region; for a linear law, the textbook's prediction interval.
     """
     loss = fit.at(inputs)
     if fit.degrees_of_freedom <= 0:
@@ -83,10 +82,9 @@ def predict(fit: Fit, inputs: ArrayLike, level: float = LEVEL) -> Prediction:
 
 
 def covariance(fit: Fit) -> FloatArray | None:
-    """Asymptotic covariance (p, p) of the parameters in the order of `law.parameters`; None without freedom
-    left.
+    """Asymptotic covariance s² (JᵀJ)⁻¹, (p, p) in the order of `law.parameters`; None without freedom left.
 
-    s² (JᵀJ)⁻¹ at the optimum. For readers of the file: no interval here is made from it.
+    For readers of the fit file: no interval here is made from it.
     """
     std = fit.residual_std
     if std is None:
@@ -178,16 +176,15 @@ def _extremes(region: _Region, direction: FloatArray, slack: FloatArray) -> tupl
     low, high = np.full(shape, np.inf), np.full(shape, -np.inf)
     for face in _faces_at(region.fit, region.logs):
         v = np.broadcast_to(direction[..., face.columns], (*shape, len(face.columns)))
-        z = np.linalg.solve(face.factor.swapaxes(1, 2), v.swapaxes(1, 2))  # R⁻ᵀ v: (g, f, m)
+        z = np.linalg.solve(face.r.swapaxes(1, 2), v.swapaxes(1, 2))  # R⁻ᵀ v: (g, f, m)
         spread = np.sum(z**2, axis=1) + slack  # vᵀ(BᵀB)⁻¹v + slack: (g, m)
         room = np.maximum(region.limit - face.rss, 0)[:, np.newaxis]
         centre = np.einsum("gmf,gf->gm", v, face.coefficients)
         reach = np.sqrt(room * spread)
         # Where the extreme is taken: the coefficients move by (BᵀB)⁻¹v from the face's optimum.
         step = np.sqrt(np.divide(room, spread, out=np.zeros(shape), where=spread > 0))
-        moved = np.linalg.solve(face.factor, z) * step[:, np.newaxis]  # (g, f, m)
+        moved = np.linalg.solve(face.r, z) * step[:, np.newaxis]  # (g, f, m)
         optimum = face.coefficients[..., np.newaxis]
-        # A rounded optimum may lie outside its own limit; the best exponent is always inside.
         inside = (face.rss <= region.limit)[:, np.newaxis]
         low = np.minimum(low, np.where(inside & np.all(optimum - moved >= 0, axis=1), centre - reach, np.inf))
         high = np.maximum(

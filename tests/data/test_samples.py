@@ -22,7 +22,7 @@ def test_large_permutation(n: int) -> None:
     permutation = Permutation(n, key="key")
     values = [permutation(index) for index in range(2000)]
     assert len(set(values)) == 2000
-    assert 0 <= min(values)
+    assert min(values) >= 0
     assert max(values) < n
     # Uniform on [0, n): the mean of 2,000 is within 4 standard errors (n / sqrt(12 * 2000)) of n / 2.
     assert abs(np.mean(values) / n - 0.5) < 4 / np.sqrt(12 * 2000)
@@ -31,16 +31,14 @@ def test_large_permutation(n: int) -> None:
 def test_permutations_of_few_samples_all_occur() -> None:
     counts = Counter(tuple(map(Permutation(4, f"{key}"), range(4))) for key in range(2400))
     assert len(counts) == 24
-    assert 50 < min(counts.values())
+    assert min(counts.values()) > 50
     assert max(counts.values()) < 150
 
 
 def test_every_epoch_sees_every_sample_in_a_new_order(counting_shard: Shard) -> None:
     samples = PackedSamples(counting_shard, seq_len=10, seed=1, vocab_size=1004)
     assert len(samples) == 100
-    epochs = [
-        [int(samples.sample(epoch * 100 + index)[0]) for index in range(100)] for epoch in range(5)
-    ]
+    epochs = [[int(samples.sample(epoch * 100 + index)[0]) for index in range(100)] for epoch in range(5)]
     for starts in epochs:
         assert sorted(starts) == list(range(0, 1000, 10))
     assert len({tuple(starts) for starts in epochs}) == 5
@@ -68,10 +66,8 @@ def test_order_is_a_function_of_seed_name_and_index(counting_shard: Shard) -> No
 def test_order_stays_what_it_was(counting_shard: Shard) -> None:
     """A changed order would break the resumption of runs that began before the change."""
     samples = PackedSamples(counting_shard, seq_len=10, seed=1234, vocab_size=1004)
-    assert [int(samples.sample(index)[0]) for index in (0, 1, 2, 99, 100, 10**9)] == PINNED_STARTS
-
-
-PINNED_STARTS: list[int] = []
+    starts = [int(samples.sample(index)[0]) for index in (0, 1, 2, 99, 100, 10**9)]
+    assert starts == [290, 940, 660, 880, 320, 860]
 
 
 @pytest.mark.parametrize("n_tokens", [1, 5, 9, 10, 11, 20, 21, 1003])

@@ -49,7 +49,7 @@ def test_tool_trains_a_tokenizer(train_main: Main, tmp_path: Path, prose: str) -
 def test_vocabulary_of_wrong_size(vocab_size: int, message: str, prose: str) -> None:
     for model_type in ("bpe", "unigram"):
         with pytest.raises(MegamupError, match=message):
-            train_sentencepiece(list(sentences(prose)), vocab_size, model_type)  # type: ignore[arg-type]
+            train_sentencepiece(list(sentences(prose)), vocab_size, model_type)
 
 
 def test_no_text_to_train_on(train_main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

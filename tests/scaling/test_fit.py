@@ -110,6 +110,13 @@ def test_pure_power_law_puts_the_offset_at_its_bound() -> None:
     assert fit.diagnostics.at_bound == ("c",)
 
 
+def test_a_step_puts_the_exponent_at_its_bound() -> None:
+    x, _ = ladder(1e6)
+    fit = fit_law(POWER, x, [3.0, 2.0, 2.0, 2.0, 2.0, 2.0])
+    assert fit.diagnostics.at_bound == ("b",)
+    assert "b lies at the end -3 of its searched range" in warnings_of(fit)[0]
+
+
 def test_narrow_range_is_ill_conditioned_and_says_so() -> None:
     x, loss = ladder(1e6, decades=0.05)
     assert any("barely told apart" in warning for warning in warnings_of(fit_law(POWER, x, loss)))
@@ -128,6 +135,11 @@ def test_points_of_one_size_are_refused() -> None:
         MegamupError, match=r"5 given at only 2 different sizes; .* needs 3: add runs at 1 or more"
     ):
         fit_law(POWER, [1e6, 1e6, 1e6, 1e7, 1e7], [3.0, 3.1, 3.0, 2.8, 2.8])
+
+
+def test_points_that_are_no_positive_numbers_are_refused() -> None:
+    with pytest.raises(MegamupError, match="expected finite numbers above 0"):
+        fit_law(POWER, [1e6, 1e7, 0.0, 1e9], [3.0, 2.9, 2.8, 2.7])
 
 
 def test_unknown_objective_is_refused() -> None:

@@ -99,12 +99,12 @@ def test_three_figures_with_titles_units_and_page_colours(page: str) -> None:
 
 
 def test_names_are_escaped(make_run: MakeRun) -> None:
-    runs = [make_run(f"<b>{i}&", parameters=10 ** (6 + i / 2)) for i in range(5)]
+    runs = [make_run(f"<b>{i}&$_", parameters=10 ** (6 + i / 2)) for i in range(5)]
     result = result_of(load_runs(runs))
     page = make_report(result, [], "fit '<script>'")
     assert "<b>" not in page
     assert "<script>" not in page
-    assert "&lt;b&gt;0&amp;" in page
+    assert "&lt;b&gt;0&amp;$_" in page
     assert Elements(page).open == []
 
 

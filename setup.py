@@ -10,7 +10,7 @@ INSIDE = {"megamup.tools": "tools", "megamup.launch": "launch", "megamup.ds_conf
 setup(
     name="megamup",
     version="0.1.0",
-    description="Pretraining with maximal update parametrization that stays exact under tensor and pipeline parallelism",
+    description="Pretraining under maximal update parametrization, exact under tensor and pipeline parallelism",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -80,9 +80,7 @@ class Model(Section):
             filled.setdefault("d_ff", 4 * d_model if gpt else -(-8 * d_model // 48) * 16)
         if isinstance(d_model, int) and isinstance(n_heads, int) and n_heads > 0 and "d_head" not in filled:
             if d_model % n_heads:
-                raise ValueError(
-                    f"d_model={d_model} is not divisible by n_heads={n_heads}; change one or set d_head"
-                )
+                raise ValueError(f"d_model={d_model} is not divisible by n_heads={n_heads}; change one or set d_head")
             filled["d_head"] = d_model // n_heads
         return filled
 

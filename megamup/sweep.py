@@ -181,7 +181,9 @@ def run_study(study: Study, planned: Sequence[Trial]) -> None:
                     if poll_trial(trial, process):
                         ending.close()
                         del running[name]
-                steps = sum(trial.config.train.steps if trial.name not in running else progress(trial) for trial in begun)
+                steps = sum(
+                    trial.config.train.steps if trial.name not in running else progress(trial) for trial in begun
+                )
                 bar.update(steps - bar.n)
                 time.sleep(0.1)
 
@@ -290,5 +292,7 @@ def write_results(study: Study, planned: Sequence[Trial]) -> Path:
     for key, value in best.overrides.items():
         merge(nested, parse_override(f"{key}={json.dumps(value)}"))
     path = folder / "best.yaml"
-    write_text_atomic(path, f"# best of {len(order)} trials: {study.metric} {best_value:.5f}\n" + yaml.safe_dump(nested))
+    write_text_atomic(
+        path, f"# best of {len(order)} trials: {study.metric} {best_value:.5f}\n" + yaml.safe_dump(nested)
+    )
     return path

@@ -81,7 +81,9 @@ def report_prediction() -> None:
     predicted, measured = json.loads(answer), last["valid_loss"]
     stage("report", "scaling", "report", "--fit", str(fit), "--holdout", str(held_out), "--output", str(report))
     error = 100 * (predicted["loss"] - measured) / measured
-    print(f"\npredicted loss  {predicted['loss']:.4f}   (95% interval {predicted['low']:.4f} to {predicted['high']:.4f})")
+    print(
+        f"\npredicted loss  {predicted['loss']:.4f}   (95% interval {predicted['low']:.4f} to {predicted['high']:.4f})"
+    )
     print(f"measured loss   {measured:.4f}")
     print(f"error           {error:+.2f} %")
     print(f"report          {report.resolve()}")

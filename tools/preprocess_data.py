@@ -31,9 +31,7 @@ def positive(text: str) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--input",
         nargs="+",
@@ -42,9 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="text files (one document each), folders of them, JSON lines; each also gzipped",
     )
     parser.add_argument("--output-prefix", required=True, metavar="P", help="shard to write")
-    parser.add_argument(
-        "--tokenizer", required=True, metavar="SPEC", help="a SentencePiece .model file, or `bytes`"
-    )
+    parser.add_argument("--tokenizer", required=True, metavar="SPEC", help="a SentencePiece .model file, or `bytes`")
     parser.add_argument("--text-key", default="text", help="key of the text in JSON lines (default: text)")
     parser.add_argument(
         "--workers",
@@ -59,9 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="F",
         help="write P_train and P_valid, this share of the documents in P_valid",
     )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the choice of documents for P_valid (default: 0)"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of documents for P_valid (default: 0)")
     parser.add_argument(
         "--suffix",
         nargs="+",

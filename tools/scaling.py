@@ -93,30 +93,20 @@ def _report(arguments: argparse.Namespace) -> int:
 def _ladder(arguments: argparse.Namespace) -> Ladder:
     if arguments.runs:
         if arguments.columns:
-            raise MegamupError(
-                f"--columns: {arguments.columns!r} goes with --data; run folders need none: drop it"
-            )
+            raise MegamupError(f"--columns: {arguments.columns!r} goes with --data; run folders need none: drop it")
         return load_runs(
             arguments.runs, loss=arguments.loss, parameters=arguments.parameters, exclude=arguments.exclude
         )
     if not arguments.columns:
-        raise MegamupError(
-            "--columns: missing; --data needs its columns named: add --columns C=COLUMN,L=COLUMN"
-        )
-    return load_csv(
-        arguments.data, _pairs(arguments.columns, "--columns", "C=flops,L=loss"), exclude=arguments.exclude
-    )
+        raise MegamupError("--columns: missing; --data needs its columns named: add --columns C=COLUMN,L=COLUMN")
+    return load_csv(arguments.data, _pairs(arguments.columns, "--columns", "C=flops,L=loss"), exclude=arguments.exclude)
 
 
 def _input_of(law: Law, ladder: Ladder, asked: str | None) -> str:
-    known = (
-        [key for key in ladder.points[0].inputs if key in law.choices] if ladder.points else list(law.choices)
-    )
+    known = [key for key in ladder.points[0].inputs if key in law.choices] if ladder.points else list(law.choices)
     if asked is None:
         if not known:
-            raise MegamupError(
-                f"--columns: none of {', '.join(law.choices)} given; the law {law.name} needs one"
-            )
+            raise MegamupError(f"--columns: none of {', '.join(law.choices)} given; the law {law.name} needs one")
         return "C" if "C" in known else known[0]
     if asked not in known:
         raise MegamupError(f"--x: {asked} is not among the columns given; expected one of {', '.join(known)}")
@@ -158,9 +148,7 @@ def _print_fit(result: Result) -> None:
     points = [("run", result.x, "loss", "law", "residual %")]
     for point, fitted in zip(result.ladder.points, fit.fitted, strict=True):
         residual = f"{100 * (point.loss / fitted - 1):+.2f}"
-        points.append(
-            (point.name, f"{point.inputs[result.x]:.4g}", f"{point.loss:.4f}", f"{fitted:.4f}", residual)
-        )
+        points.append((point.name, f"{point.inputs[result.x]:.4g}", f"{point.loss:.4f}", f"{fitted:.4f}", residual))
     _print_table(points)
     diagnostics = fit.diagnostics
     std = "-" if fit.residual_std is None else f"{fit.residual_std:.3g}"
@@ -197,9 +185,7 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("--data", type=Path, metavar="F.csv", help="a table with a header line")
     fit.add_argument("--columns", metavar="C=col,L=col", help="columns of --data: L, and N, C, D, name")
     fit.add_argument("--exclude", nargs="+", default=[], metavar="NAME", help="runs to leave out, by name")
-    fit.add_argument(
-        "--loss", choices=LOSSES, default="valid_loss", help="which loss of a run (default valid_loss)"
-    )
+    fit.add_argument("--loss", choices=LOSSES, default="valid_loss", help="which loss of a run (default valid_loss)")
     fit.add_argument(
         "--parameters", choices=PARAMETER_COUNTS, default="non_embedding", help="what N counts in run folders"
     )
@@ -214,9 +200,7 @@ def _parser() -> argparse.ArgumentParser:
 
     report = verbs.add_parser("report", help="a self-contained HTML page")
     report.add_argument("--fit", required=True, type=Path, metavar="fit.json")
-    report.add_argument(
-        "--holdout", nargs="+", type=Path, default=[], metavar="RUN_DIR", help="runs not fitted"
-    )
+    report.add_argument("--holdout", nargs="+", type=Path, default=[], metavar="RUN_DIR", help="runs not fitted")
     report.add_argument("--output", required=True, type=Path, metavar="report.html")
     return parser
 

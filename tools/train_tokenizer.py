@@ -14,9 +14,7 @@ from megamup.errors import MegamupError
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--input",
         nargs="+",
@@ -24,9 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="F",
         help="text files, folders of them, JSON lines; each also gzipped",
     )
-    parser.add_argument(
-        "--vocab-size", type=int, required=True, metavar="N", help="pieces, 256 bytes among them"
-    )
+    parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help="pieces, 256 bytes among them")
     parser.add_argument("--output", required=True, metavar="PREFIX", help="PREFIX.model is written")
     parser.add_argument("--type", choices=["bpe", "unigram"], default="bpe", help="default: bpe")
     parser.add_argument("--text-key", default="text", help="key of the text in JSON lines (default: text)")

@@ -59,8 +59,7 @@ def open_sources(
     if shuffle:
         # The position in the list, not the path: data may move between a run and its resumption.
         packed = [
-            PackedSamples(shard, seq_len, seed, vocab_size, name=str(position))
-            for position, shard in enumerate(shards)
+            PackedSamples(shard, seq_len, seed, vocab_size, name=str(position)) for position, shard in enumerate(shards)
         ]
         return packed[0] if len(packed) == 1 else Blend(packed, weights)
     if len(set(weights)) > 1:
@@ -105,9 +104,7 @@ class BatchStream:
         self.micro_sequences = micro_sequences
         self._rank_sequences = global_sequences // data_size
         self._rank_start = data_rank * self._rank_sequences
-        self._thread: ThreadPoolExecutor | None = (
-            None  # started by the first call, so that forks before are safe
-        )
+        self._thread: ThreadPoolExecutor | None = None  # started by the first call, so that forks before are safe
         self._ahead: tuple[int, Future[list[TensorBatch]]] | None = None
 
     def __len__(self) -> int:

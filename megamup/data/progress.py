@@ -22,17 +22,13 @@ class ByteProgress:
         interval: seconds between plain lines.
     """
 
-    def __init__(
-        self, label: str, total: int, *, stream: TextIO | None = None, interval: float = 10.0
-    ) -> None:
+    def __init__(self, label: str, total: int, *, stream: TextIO | None = None, interval: float = 10.0) -> None:
         self.label, self.total, self.interval = label, total, interval
         self.stream = stream or sys.stderr
         self.done = 0
         self._start = self._said = time.monotonic()
         self._bar = (
-            tqdm(total=total, desc=label, unit="B", unit_scale=True, file=self.stream)
-            if self.stream.isatty()
-            else None
+            tqdm(total=total, desc=label, unit="B", unit_scale=True, file=self.stream) if self.stream.isatty() else None
         )
 
     def __enter__(self) -> ByteProgress:

@@ -111,13 +111,9 @@ class Shard:
         with open(path, "rb") as file:
             header = file.read(HEADER.size)
         if not header.startswith(MAGIC):
-            raise MegamupError(
-                f"{path}: not a shard's index: byte 0 reads {header[:9]!r}, expected {MAGIC!r}"
-            )
+            raise MegamupError(f"{path}: not a shard's index: byte 0 reads {header[:9]!r}, expected {MAGIC!r}")
         if len(header) < HEADER.size:
-            raise MegamupError(
-                f"{path}: cut short: expected at least {HEADER.size} bytes of header, found {size}"
-            )
+            raise MegamupError(f"{path}: cut short: expected at least {HEADER.size} bytes of header, found {size}")
         _, version, code, sequences, ends = HEADER.unpack(header)
         if version != 1:
             raise MegamupError(f"{path}: version {version} at byte 9, expected 1")
@@ -279,9 +275,7 @@ class ShardWriter:
             idx_sha256=index.sha256,
             sources=sources,
         )
-        self._open(".json").write(
-            (json.dumps(asdict(manifest), indent=2, ensure_ascii=False) + "\n").encode()
-        )
+        self._open(".json").write((json.dumps(asdict(manifest), indent=2, ensure_ascii=False) + "\n").encode())
         for file in self._files.values():
             file.sync()
         return manifest

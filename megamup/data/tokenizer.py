@@ -88,9 +88,7 @@ class SentencePieceTokenizer:
         try:
             self._processor.load_from_serialized_proto(model)
         except RuntimeError as error:
-            raise MegamupError(
-                f"tokenizer {str(path)!r}: not a SentencePiece model; expected {ACCEPTED}"
-            ) from error
+            raise MegamupError(f"tokenizer {str(path)!r}: not a SentencePiece model; expected {ACCEPTED}") from error
         self.name = path.name
         self.sha256 = hashlib.sha256(model).hexdigest()
         self.vocab_size: int = self._processor.get_piece_size()

@@ -120,10 +120,7 @@ def _explain(message: str, vocab_size: int) -> str:
             f"{match[1]}; expected more than that"
         )
     if match := re.search(r"size too high \(\d+\)\. Please set it to a value <= (\d+)", message):
-        return (
-            f"--vocab-size {vocab_size} is too large for so little text: "
-            f"expected at most {match[1]}, or more text"
-        )
+        return f"--vocab-size {vocab_size} is too large for so little text: expected at most {match[1]}, or more text"
     return f"SentencePiece failed: {message}"
 
 

@@ -8,6 +8,7 @@ which torch's vectorized CPU normals are not.
 from __future__ import annotations
 
 import hashlib
+import itertools
 
 import numpy as np
 import torch
@@ -45,7 +46,7 @@ def initial_shard(parameter: Parameter, scales: Scales, seed: int, axis: Axis) -
     total = parameter.shape[dim]
     edges = [total * i // min(SLICES, total) for i in range(min(SLICES, total) + 1)]
     pieces = []
-    for index, (low, high) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+    for index, (low, high) in enumerate(itertools.pairwise(edges)):
         if high <= start or low >= stop:
             continue
         draw = generator(seed, parameter.name, index)

@@ -153,9 +153,7 @@ def _legend(axes: "Axes", columns: int = 1, size: float = 10) -> None:
         text.set_parse_math(False)  # a run may have $ in its name
 
 
-def _scatter(
-    axes: "Axes", result: Result, points: Sequence[Point], color: str, marker: str, label: str
-) -> None:
+def _scatter(axes: "Axes", result: Result, points: Sequence[Point], color: str, marker: str, label: str) -> None:
     if points:
         x = [point.inputs[result.x] for point in points]
         axes.plot(x, [point.loss for point in points], marker, color=color, ms=6.5, label=label, zorder=3)
@@ -166,9 +164,7 @@ def _draw_offset(axes: "Axes", offset: float, lowest: float, spread: float) -> N
     if offset > lowest - 1.5 * spread:
         axes.axhline(offset, color=MUTED, lw=1.2, ls=(0, (5, 4)), label=f"offset c = {offset:.4g}")
     else:
-        axes.plot(
-            [], [], color=MUTED, lw=1.2, ls=(0, (5, 4)), label=f"offset c = {offset:.4g}, below the axis"
-        )
+        axes.plot([], [], color=MUTED, lw=1.2, ls=(0, (5, 4)), label=f"offset c = {offset:.4g}, below the axis")
 
 
 def _thinned(curve: Curve) -> tuple[FloatArray, FloatArray]:

@@ -120,9 +120,7 @@ class Face:
     """(..., f, f)"""
 
 
-def fit_law(
-    law: Law, inputs: ArrayLike, loss: ArrayLike, *, objective: str = "loss", starts: int = STARTS
-) -> Fit:
+def fit_law(law: Law, inputs: ArrayLike, loss: ArrayLike, *, objective: str = "loss", starts: int = STARTS) -> Fit:
     """Fit `law` to points, from `starts` spread over the exponents' range; the best end is kept.
 
     Args:
@@ -136,9 +134,7 @@ def fit_law(
     """
     x, y = as_inputs(inputs), np.asarray(loss, dtype=np.float64)
     if not (np.all(x > 0) and np.all(y > 0) and np.all(np.isfinite(x)) and np.all(np.isfinite(y))):
-        raise MegamupError(
-            f"points: inputs {x.tolist()}, losses {y.tolist()}; expected finite numbers above 0"
-        )
+        raise MegamupError(f"points: inputs {x.tolist()}, losses {y.tolist()}; expected finite numbers above 0")
     _check_enough(law, x)
     w = weights(y, objective)
     log_x = np.log(x) - np.mean(np.log(x), axis=0)
@@ -158,9 +154,7 @@ def fit_law(
     coefficients = np.zeros(len(law.coefficients))
     face = best_face(law.terms(exponents, log_x) * w[:, np.newaxis], y * w)
     coefficients[list(face.columns)] = face.coefficients
-    return Fit(
-        law, objective, x, y, exponents, coefficients, _diagnose(reduced, exponents, coefficients, share)
-    )
+    return Fit(law, objective, x, y, exponents, coefficients, _diagnose(reduced, exponents, coefficients, share))
 
 
 def warnings_of(fit: Fit) -> list[str]:
@@ -173,9 +167,7 @@ def warnings_of(fit: Fit) -> list[str]:
             "their values mean little one by one; add runs over a wider range"
         )
     if diagnostics.gradient_norm > MAX_GRADIENT_NORM:
-        found.append(
-            f"the search stopped short of an optimum (gradient norm {diagnostics.gradient_norm:.1e})"
-        )
+        found.append(f"the search stopped short of an optimum (gradient norm {diagnostics.gradient_norm:.1e})")
     if diagnostics.share_of_starts_at_optimum < MIN_SHARE_OF_STARTS:
         found.append(
             f"only {diagnostics.share_of_starts_at_optimum:.0%} of the starts reached the optimum: the "
@@ -316,9 +308,7 @@ def _check_enough(law: Law, inputs: FloatArray) -> None:
         )
 
 
-def _diagnose(
-    reduced: _Reduced, exponents: FloatArray, coefficients: FloatArray, share: float
-) -> Diagnostics:
+def _diagnose(reduced: _Reduced, exponents: FloatArray, coefficients: FloatArray, share: float) -> Diagnostics:
     law = reduced.law
     basis = law.terms(exponents, reduced.log_x) * reduced.w[:, np.newaxis]
     by_exponent = (law.terms_gradient(exponents, reduced.log_x) @ coefficients) * reduced.w  # (q, n)

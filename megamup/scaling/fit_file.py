@@ -43,9 +43,7 @@ def make_result(fit: Fit, x: str, ladder: Ladder, command: str) -> Result:
         "numpy": np.__version__,
         "scipy": scipy.__version__,
     }
-    return Result(
-        fit, x, ladder, intervals, warnings_of(fit) + _interval_warnings(fit, intervals), provenance
-    )
+    return Result(fit, x, ladder, intervals, warnings_of(fit) + _interval_warnings(fit, intervals), provenance)
 
 
 def to_json(result: Result, folder: Path) -> dict[str, Any]:
@@ -60,8 +58,7 @@ def to_json(result: Result, folder: Path) -> dict[str, Any]:
         "parameters": fit.parameters,
         "intervals": {name: list(ends) for name, ends in result.intervals.items()},
         "interval_level": LEVEL,
-        "interval_note": no_interval_reason(fit)
-        or "profile likelihood; null: the points set no end on that side",
+        "interval_note": no_interval_reason(fit) or "profile likelihood; null: the points set no end on that side",
         "objective": fit.objective_value,
         "objective_name": fit.objective,
         "objective_meaning": OBJECTIVES[fit.objective],
@@ -106,20 +103,14 @@ def load_result(path: Path) -> Result:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise MegamupError(
-            f"--fit: {path} is not JSON ({error}); make it again with `fit --output`"
-        ) from error
+        raise MegamupError(f"--fit: {path} is not JSON ({error}); make it again with `fit --output`") from error
     found = content.get("format") if isinstance(content, dict) else None
     if found != FORMAT:
-        raise MegamupError(
-            f"--fit: {path}: format is {found!r}; expected {FORMAT}: make it again with `fit --output`"
-        )
+        raise MegamupError(f"--fit: {path}: format is {found!r}; expected {FORMAT}: make it again with `fit --output`")
     try:
         return _from_json(content, path.parent)
     except (KeyError, TypeError, AttributeError) as error:
-        raise MegamupError(
-            f"--fit: {path}: {error!r}: is incomplete; make it again with `fit --output`"
-        ) from error
+        raise MegamupError(f"--fit: {path}: {error!r}: is incomplete; make it again with `fit --output`") from error
 
 
 def _from_json(content: dict[str, Any], folder: Path) -> Result:
@@ -168,8 +159,7 @@ def _interval_warnings(fit: Fit, intervals: dict[str, Interval]) -> list[str]:
     ]
     if intervals.get("c", (1.0, 1.0))[0] == 0 and "c" not in fit.diagnostics.at_bound:
         found.append(
-            "c, the loss that no scale removes, may be 0 within its interval: the range is too narrow to "
-            "see it"
+            "c, the loss that no scale removes, may be 0 within its interval: the range is too narrow to see it"
         )
     return found
 

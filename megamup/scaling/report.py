@@ -89,9 +89,7 @@ def make_report(result: Result, held: Sequence[Point], command: str) -> str:
         caption = "Training loss of each run against the tokens it has seen (means over bins of steps)."
         curve_section = _figure(curve_figure(curves, held_curves), "curves", "Training curves", caption)
         sections.insert(5, curve_section)
-    return _PAGE.format(
-        title=f"Scaling law {escape(formula)}", style=_STYLE, body="\n".join(filter(None, sections))
-    )
+    return _PAGE.format(title=f"Scaling law {escape(formula)}", style=_STYLE, body="\n".join(filter(None, sections)))
 
 
 def _curves(points: Sequence[Point]) -> tuple[list[tuple[str, Curve]], list[str]]:
@@ -152,16 +150,12 @@ def _warnings(warnings: Sequence[str]) -> str:
 def _figure(figure: "Figure", name: str, title: str, caption: str) -> str:
     svg = to_svg(figure, name, escape(f"{title}. {caption}"))
     return (
-        f"<section><h2>{escape(title)}</h2>"
-        f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure></section>"
+        f"<section><h2>{escape(title)}</h2><figure>{svg}<figcaption>{escape(caption)}</figcaption></figure></section>"
     )
 
 
 def _parameters(result: Result) -> str:
-    rows = [
-        (name, f"{value:.6g}", *_ends(result.intervals[name]))
-        for name, value in result.fit.parameters.items()
-    ]
+    rows = [(name, f"{value:.6g}", *_ends(result.intervals[name])) for name, value in result.fit.parameters.items()]
     return _table("Parameters", ("parameter", "value", "95% low", "95% high"), rows)
 
 

@@ -274,9 +274,7 @@ def _last(records: list[dict[str, Any]], key: str) -> Any:
 
 
 def _csv_point(name: str, row: dict[str, str], columns: dict[str, str], where: str) -> Point:
-    values = {
-        key: _positive(row[column], f"{where}: {column}") for key, column in columns.items() if key != "name"
-    }
+    values = {key: _positive(row[column], f"{where}: {column}") for key, column in columns.items() if key != "name"}
     loss = values.pop("L")
     return Point(name, values, loss)
 
@@ -329,9 +327,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise MegamupError(
-            f"{path}: no such file; expected what the trainer writes into a run's folder"
-        ) from error
+        raise MegamupError(f"{path}: no such file; expected what the trainer writes into a run's folder") from error
     except ValueError as error:
         raise MegamupError(f"{path}: is not JSON ({error}); restore it, or leave this run out") from error
     return content if isinstance(content, dict) else {}
@@ -353,7 +349,6 @@ def _lookup(content: dict[str, Any], keys: Sequence[str], path: Path) -> float:
         value = value.get(key) if isinstance(value, dict) else None
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise MegamupError(
-            f"{path}: {'.'.join(keys)} is {value!r}; expected a number: restore the file, or leave this "
-            "run out"
+            f"{path}: {'.'.join(keys)} is {value!r}; expected a number: restore the file, or leave this run out"
         )
     return value

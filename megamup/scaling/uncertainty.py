@@ -155,9 +155,7 @@ def _faces_at(fit: Fit, logs: FloatArray) -> list[Face]:
 
 def _best_rss(fit: Fit, logs: FloatArray) -> FloatArray:
     """S at each of the exponents `logs` (g,), at the best coefficients >= 0."""
-    feasible = [
-        np.where(np.all(face.coefficients >= 0, axis=-1), face.rss, np.inf) for face in _faces_at(fit, logs)
-    ]
+    feasible = [np.where(np.all(face.coefficients >= 0, axis=-1), face.rss, np.inf) for face in _faces_at(fit, logs)]
     best: FloatArray = np.min(feasible, axis=0)
     return best
 
@@ -187,9 +185,7 @@ def _extremes(region: _Region, direction: FloatArray, slack: FloatArray) -> tupl
         optimum = face.coefficients[..., np.newaxis]
         inside = (face.rss <= region.limit)[:, np.newaxis]
         low = np.minimum(low, np.where(inside & np.all(optimum - moved >= 0, axis=1), centre - reach, np.inf))
-        high = np.maximum(
-            high, np.where(inside & np.all(optimum + moved >= 0, axis=1), centre + reach, -np.inf)
-        )
+        high = np.maximum(high, np.where(inside & np.all(optimum + moved >= 0, axis=1), centre + reach, -np.inf))
     return low, high
 
 
@@ -209,9 +205,7 @@ def _coefficient_interval(region: _Region, name: str) -> Interval:
     lowest, highest = int(np.argmin(low * own_unit)), int(np.argmax(high * own_unit))
     return (
         # 0 is where a coefficient ends, whatever the exponent.
-        None
-        if _is_open(region, lowest) and low[lowest] > 0
-        else min(float((low * own_unit)[lowest]), estimate),
+        None if _is_open(region, lowest) and low[lowest] > 0 else min(float((low * own_unit)[lowest]), estimate),
         None if _is_open(region, highest) else max(float((high * own_unit)[highest]), estimate),
     )
 

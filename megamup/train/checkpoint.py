@@ -99,7 +99,9 @@ def check(path: Path, config: Config, world_size: int) -> None:
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
-        raise MegamupError(f"{path}: no readable manifest.json ({error}); remove this folder to resume earlier") from None
+        raise MegamupError(
+            f"{path}: no readable manifest.json ({error}); remove this folder to resume earlier"
+        ) from None
     for name, size in manifest["files"].items():
         found = (path / name).stat().st_size if (path / name).is_file() else None
         if found != size:

@@ -24,6 +24,12 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
 
 
+def local_world_size() -> int:
+    """Ranks on this host (torchrun, DeepSpeed's launcher and Slurm each have a name for it)."""
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
+    return int(next((os.environ[name] for name in names if os.environ.get(name, "").isdigit()), 1))
+
+
 def join() -> torch.device:
     """Join the world and return this rank's device: its CUDA device (NCCL), or the CPU (gloo)."""
     os.environ.setdefault("RANK", str(rank()))
@@ -38,6 +44,8 @@ def join() -> torch.device:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(local_rank())
+    elif "OMP_NUM_THREADS" not in os.environ:  # else every rank takes all cores, and they wait for each other
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size()))
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed's shared-memory all-reduce serves inference only, and is built by a C++ compiler for over a minute
     # (or fails where there is none): training never calls it.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import sys
 import traceback
 from collections.abc import Callable
@@ -15,7 +16,8 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, TypeVar, cast
 
 import torch
-import torch.distributed as dist
+import torch._dynamo  # the first optimizer imports it: seconds that every rank would pay
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 T = TypeVar("T")
 
@@ -42,7 +44,7 @@ class Ranks(Generic[T]):
         log: str | None = None,
     ) -> None:
         # The ranks meet at a store of this process: a port that nobody can take in between.
-        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.results: dict[int, T] = {}
         self.pipes: list[Connection] = []
         self.processes = []
@@ -54,6 +56,7 @@ class Ranks(Generic[T]):
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(world_size),
                 "LOCAL_WORLD_SIZE": str(world_size),
+                "OMP_NUM_THREADS": str(threads),
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(self.store.port),
                 "TORCHELASTIC_USE_AGENT_STORE": "True",
@@ -76,7 +79,7 @@ class Ranks(Generic[T]):
         for pipe in wait(list(waiting), timeout_s):
             rank = waiting[cast(Connection, pipe)]
             try:
-                failed, outcome = cast(Connection, pipe).recv()
+                failed, outcome = pickle.loads(cast(Connection, pipe).recv_bytes())
             except EOFError:
                 raise RankError(f"rank {rank} died without a word (killed, or out of memory)") from None
             if failed:
@@ -124,7 +127,7 @@ def _rank(
     except Exception as error:
         described = RankError(f"rank {environment['RANK']} failed:\n{traceback.format_exc()}")
         outcome = (True, error if type(error).__module__.startswith("megamup.") else described)
-    pipe.send(outcome)
+    pipe.send_bytes(pickle.dumps(outcome))  # torch's own pickling would share memory with a process that ends
     pipe.close()
     sys.stdout.flush()
     sys.stderr.flush()

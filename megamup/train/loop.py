@@ -90,7 +90,9 @@ class Due:
     def __init__(self, config: Config, step: int) -> None:
         train, last = config.train, step == config.train.steps
         self.log = last or step % train.log_every == 0 or step == 1
-        self.evaluation = config.data.valid is not None and (last or bool(train.eval_every) and step % train.eval_every == 0)
+        self.evaluation = config.data.valid is not None and (
+            last or (bool(train.eval_every) and step % train.eval_every == 0)
+        )
         self.save = bool(train.save_every) and (last or step % train.save_every == 0)
 
 

@@ -19,7 +19,7 @@ from megamup.flops import flops_per_token, known_peak, mfu_percent
 
 
 def peak_flops(config: Config, device: torch.device) -> dict[str, Any]:
-    """Peak FLOP/s of all ranks together and what it rests on: a data sheet, or a matrix product run here. Collective."""
+    """Peak FLOP/s of all ranks together, and what it rests on: a data sheet or a measurement. Collective."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     known = known_peak(name, config.precision)
     if known is not None:
@@ -101,7 +101,9 @@ class Recorder:
         self.show(record)
 
     def show(self, record: dict[str, float]) -> None:
-        shown = {key: f"{record[key]:.4g}" for key in ("loss", "valid_loss", "lr", "mfu_percent") if key in record}
+        shown: dict[str, str] = {
+            key: f"{record[key]:.4g}" for key in ("loss", "valid_loss", "lr", "mfu_percent") if key in record
+        }
         if "tokens_per_s" in record:
             shown["tok/s"] = f"{record['tokens_per_s']:,.0f}"
         if not self.bar.disable:

@@ -69,9 +69,7 @@ def make_shard(tmp_path: Path) -> MakeShard:
         with ShardWriter(prefix, vocab_size) as writer:
             ids = np.array([token for document in documents for token in document], dtype=np.int64)
             writer.add(ids, [len(document) for document in documents])
-            writer.finish(
-                eod_id=vocab_size - 1, tokenizer="ids", tokenizer_sha256="0", text_bytes=0, sources=[]
-            )
+            writer.finish(eod_id=vocab_size - 1, tokenizer="ids", tokenizer_sha256="0", text_bytes=0, sources=[])
             publish([writer])
         if not manifest:
             Path(prefix + ".json").unlink()
@@ -83,9 +81,7 @@ def make_shard(tmp_path: Path) -> MakeShard:
 @pytest.fixture
 def counting_shard(make_shard: MakeShard) -> Shard:
     """1,003 tokens: token i is i, in documents of 10."""
-    return make_shard(
-        [list(range(start, min(start + 10, 1003))) for start in range(0, 1003, 10)], vocab_size=1004
-    )
+    return make_shard([list(range(start, min(start + 10, 1003))) for start in range(0, 1003, 10)], vocab_size=1004)
 
 
 @pytest.fixture(scope="session", params=["bpe", "unigram"])

@@ -115,9 +115,7 @@ def test_valid_split_is_by_document_and_deterministic(
     assert split("c", "1") != (train, valid)
 
 
-def test_empty_validation_part(
-    preprocess_main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_empty_validation_part(preprocess_main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = tmp_path / "one.txt"
     source.write_text("one document")
     options = ("--valid-fraction", "0.01", "--workers", "1")
@@ -128,9 +126,7 @@ def test_empty_validation_part(
     assert files_of(tmp_path, "out") == {}
 
 
-def test_empty_documents_are_counted(
-    preprocess_main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_empty_documents_are_counted(preprocess_main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write_corpus(tmp_path / "a.jsonl", ["one", "", "two", ""])
     assert preprocess_main(arguments(source, tmp_path / "out", "--workers", "1")) == 0
     assert read_back(tmp_path / "out") == ["one", "two"]
@@ -288,9 +284,7 @@ def test_help_needs_no_training_packages(run_python: RunTool, tool: str) -> None
 
 
 @pytest.mark.parametrize("name", ["c4_sample.jsonl", "novels.jsonl.gz"])
-def test_real_text_comes_back(
-    preprocess_main: Main, tmp_path: Path, corpus: Callable[[str], Path], name: str
-) -> None:
+def test_real_text_comes_back(preprocess_main: Main, tmp_path: Path, corpus: Callable[[str], Path], name: str) -> None:
     path = corpus(name)
     opener = gzip.open if name.endswith(".gz") else open
     with opener(path, "rt", encoding="utf-8") as file:

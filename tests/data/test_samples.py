@@ -72,9 +72,7 @@ def test_order_stays_what_it_was(counting_shard: Shard) -> None:
 
 @pytest.mark.parametrize("n_tokens", [1, 5, 9, 10, 11, 20, 21, 1003])
 @pytest.mark.parametrize("manifest", [True, False])
-def test_every_token_is_a_target_once_in_evaluation(
-    make_shard: MakeShard, n_tokens: int, manifest: bool
-) -> None:
+def test_every_token_is_a_target_once_in_evaluation(make_shard: MakeShard, n_tokens: int, manifest: bool) -> None:
     tokens = [*range(n_tokens - 1), 1003]
     shard = make_shard([tokens], vocab_size=1004, manifest=manifest)
     samples = SequentialSamples(shard, seq_len=10, vocab_size=1004)

@@ -67,9 +67,7 @@ def test_dtype_follows_the_vocabulary(make_shard: MakeShard, vocab_size: int, dt
 
 @pytest.fixture(scope="module")
 def indexed_dataset() -> Any:
-    return pytest.importorskip(
-        "megatron.core.datasets.indexed_dataset", reason="megatron-core isn't installed"
-    )
+    return pytest.importorskip("megatron.core.datasets.indexed_dataset", reason="megatron-core isn't installed")
 
 
 class TestMegatron:
@@ -134,9 +132,7 @@ def overwrite(path: Path, offset: int, data: bytes) -> None:
         (".json", lambda path: path.write_text("{}"), r"\.json: not a shard's manifest: KeyError"),
     ],
 )
-def test_broken_shard(
-    make_shard: MakeShard, suffix: str, break_it: Callable[[Path], None], message: str
-) -> None:
+def test_broken_shard(make_shard: MakeShard, suffix: str, break_it: Callable[[Path], None], message: str) -> None:
     prefix = make_shard(DOCUMENTS).prefix
     break_it(Path(prefix + suffix))
     with pytest.raises(MegamupError, match=message):

@@ -44,9 +44,7 @@ def make_run(tmp_path: Path) -> MakeRun:
     ) -> Path:
         folder = tmp_path / name
         folder.mkdir(parents=True)
-        folder.joinpath("config.yaml").write_text(
-            yaml.safe_dump({"run": {"name": name}, "train": {"steps": steps}})
-        )
+        folder.joinpath("config.yaml").write_text(yaml.safe_dump({"run": {"name": name}, "train": {"steps": steps}}))
         counts = {"total": int(parameters * 1.5), "non_embedding": int(parameters)}
         environment = {"flops_convention": convention, "parameters": counts}
         folder.joinpath("environment.json").write_text(json.dumps(environment))
@@ -79,9 +77,7 @@ def make_run(tmp_path: Path) -> MakeRun:
 def ladder(make_run: MakeRun) -> list[Path]:
     """Six runs, w64 to w2048, over 2.5 decades of parameters, with noise of up to 0.3% of the loss."""
     noise = [0.002, -0.003, 0.003, -0.001, -0.002, 0.001]
-    return [
-        make_run(f"w{64 * 2**i}", parameters=1e6 * 10 ** (i / 2), noise=noise[i]) for i in range(len(noise))
-    ]
+    return [make_run(f"w{64 * 2**i}", parameters=1e6 * 10 ** (i / 2), noise=noise[i]) for i in range(len(noise))]
 
 
 @pytest.fixture(scope="session")

@@ -9,9 +9,7 @@ from megamup.scaling.fit import _Reduced, best_face, fit_law, warnings_of
 from megamup.scaling.laws import POWER, FloatArray
 
 
-def ladder(
-    start: float, *, b: float = -0.12, c: float = 1.8, points: int = 6, decades: float = 3
-) -> FloatArray:
+def ladder(start: float, *, b: float = -0.12, c: float = 1.8, points: int = 6, decades: float = 3) -> FloatArray:
     """(2, points): x and a loss that is 2 above the offset at the smallest x."""
     x = start * np.logspace(0, decades, points)
     return np.stack([x, 2 * (x / start) ** b + c])
@@ -48,9 +46,7 @@ def test_agrees_with_curve_fit() -> None:
 def test_relative_objective_agrees_with_weighted_curve_fit() -> None:
     x, loss = noisy(1.0)
     start = (2.0, -0.1, 1.8)
-    expected, _ = curve_fit(
-        lambda x, a, b, c: a * x**b + c, x, loss, p0=start, sigma=loss, xtol=1e-14, ftol=1e-14
-    )
+    expected, _ = curve_fit(lambda x, a, b, c: a * x**b + c, x, loss, p0=start, sigma=loss, xtol=1e-14, ftol=1e-14)
     fit = fit_law(POWER, x, loss, objective="relative")
     assert list(fit.parameters.values()) == pytest.approx(list(expected), rel=1e-5)
     assert fit.residual_std == pytest.approx(np.sqrt(np.sum(((fit.fitted - loss) / loss) ** 2) / 5))
@@ -124,16 +120,12 @@ def test_narrow_range_is_ill_conditioned_and_says_so() -> None:
 
 def test_too_few_points_say_how_many() -> None:
     x, loss = ladder(1e6, points=2)
-    with pytest.raises(
-        MegamupError, match=r"2 given; .* a, b, c and needs at least 3, and 4 for intervals: add 1"
-    ):
+    with pytest.raises(MegamupError, match=r"2 given; .* a, b, c and needs at least 3, and 4 for intervals: add 1"):
         fit_law(POWER, x, loss)
 
 
 def test_points_of_one_size_are_refused() -> None:
-    with pytest.raises(
-        MegamupError, match=r"5 given at only 2 different sizes; .* needs 3: add runs at 1 or more"
-    ):
+    with pytest.raises(MegamupError, match=r"5 given at only 2 different sizes; .* needs 3: add runs at 1 or more"):
         fit_law(POWER, [1e6, 1e6, 1e6, 1e7, 1e7], [3.0, 3.1, 3.0, 2.8, 2.8])
 
 

@@ -18,9 +18,7 @@ from megamup.scaling.uncertainty import parameter_intervals, predict
 def result(ladder: list[Path]) -> Result:
     runs = load_runs(ladder).sorted_by("C")
     inputs = [point.inputs["C"] for point in runs.points]
-    return make_result(
-        fit_law(POWER, inputs, [point.loss for point in runs.points]), "C", runs, "the command"
-    )
+    return make_result(fit_law(POWER, inputs, [point.loss for point in runs.points]), "C", runs, "the command")
 
 
 def test_a_loaded_fit_predicts_as_the_saved_one(result: Result, tmp_path: Path) -> None:

@@ -53,9 +53,7 @@ class Elements(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_headline_states_prediction_measurement_error_and_interval(
-    result: Result, ladder: list[Path]
-) -> None:
+def test_headline_states_prediction_measurement_error_and_interval(result: Result, ladder: list[Path]) -> None:
     held = load_holdout(ladder[-1:], result.ladder)
     (verdict,) = judge(result, held)
     assert verdict.error_percent == pytest.approx(100 * (verdict.predicted - held[0].loss) / held[0].loss)

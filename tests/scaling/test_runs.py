@@ -94,9 +94,7 @@ def test_an_excluded_run_is_not_read(make_run: MakeRun) -> None:
 
 
 def test_an_excluded_name_that_no_run_has_is_refused(make_run: MakeRun) -> None:
-    with pytest.raises(
-        MegamupError, match=r"no run is called 'w128'; did you mean 'w1024'\?; there are w1024"
-    ):
+    with pytest.raises(MegamupError, match=r"no run is called 'w128'; did you mean 'w1024'\?; there are w1024"):
         load_runs([make_run("w1024")], exclude=["w128"])
 
 
@@ -166,9 +164,7 @@ def test_a_missing_file_is_named(make_run: MakeRun, name: str) -> None:
         ),
     ],
 )
-def test_a_bad_file_is_told_what_it_should_hold(
-    make_run: MakeRun, name: str, old: str, new: str, message: str
-) -> None:
+def test_a_bad_file_is_told_what_it_should_hold(make_run: MakeRun, name: str, old: str, new: str, message: str) -> None:
     run = make_run("a")
     replace_text(run / name, old, new)
     with pytest.raises(MegamupError, match=message):
@@ -231,9 +227,7 @@ def test_csv_columns_that_do_not_fit_are_told_why(table: Path, columns: dict[str
 @pytest.mark.parametrize("value", ["", "abc", "nan", "-1", "0", "inf"])
 def test_csv_values_must_be_positive_numbers(table: Path, value: str) -> None:
     replace_text(table, "2.5", value)
-    with pytest.raises(
-        MegamupError, match=rf"runs\.csv:3: final_loss is '{value}'; expected a finite number"
-    ):
+    with pytest.raises(MegamupError, match=rf"runs\.csv:3: final_loss is '{value}'; expected a finite number"):
         load_csv(table, {"C": "flops", "L": "final_loss"})
 
 

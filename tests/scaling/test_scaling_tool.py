@@ -28,16 +28,12 @@ def run(tool: ModuleType, capsys: Capture, *arguments: object) -> tuple[int, str
 @pytest.fixture
 def fit_file(tool: ModuleType, capsys: Capture, ladder: list[Path], tmp_path: Path) -> Path:
     path = tmp_path / "fit.json"
-    code, _, _ = run(
-        tool, capsys, "fit", "--law", "power", "--runs", *ladder, "--exclude", "w2048", "--output", path
-    )
+    code, _, _ = run(tool, capsys, "fit", "--law", "power", "--runs", *ladder, "--exclude", "w2048", "--output", path)
     assert code == 0
     return path
 
 
-def test_fit_prints_one_object(
-    tool: ModuleType, capsys: Capture, ladder: list[Path], truth: dict[str, float]
-) -> None:
+def test_fit_prints_one_object(tool: ModuleType, capsys: Capture, ladder: list[Path], truth: dict[str, float]) -> None:
     code, out, err = run(tool, capsys, "fit", "--law", "power", "--runs", *ladder, "--json")
     assert (code, err) == (0, "")
     answer = json.loads(out)
@@ -86,9 +82,7 @@ def test_predict(tool: ModuleType, capsys: Capture, fit_file: Path, truth: dict[
     assert "one new run is within" in out
 
 
-def test_report(
-    tool: ModuleType, capsys: Capture, fit_file: Path, ladder: list[Path], tmp_path: Path
-) -> None:
+def test_report(tool: ModuleType, capsys: Capture, fit_file: Path, ladder: list[Path], tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     code, out, _ = run(tool, capsys, "report", "--fit", fit_file, "--holdout", ladder[-1], "--output", page)
     assert code == 0
@@ -196,8 +190,6 @@ def test_it_starts_without_torch_deepspeed_or_matplotlib(start: list[str]) -> No
         text=True,
         check=True,
     )
-    imported = {
-        line.rsplit("|", 1)[-1].strip().split(".")[0] for line in done.stderr.splitlines() if "|" in line
-    }
+    imported = {line.rsplit("|", 1)[-1].strip().split(".")[0] for line in done.stderr.splitlines() if "|" in line}
     assert "megamup" in imported
     assert not imported & {"torch", "deepspeed", "matplotlib"}

@@ -73,9 +73,7 @@ def test_a_new_run_at_the_end_of_its_interval_takes_the_refit_to_the_edge_of_the
     prediction = predict(fit, [target])
     for end in (prediction.low[0], prediction.high[0]):
         x, loss = np.append(fit.inputs[:, 0], target), np.append(fit.loss, end)
-        assert refitted_rss(x, loss, list(fit.parameters.values())) == pytest.approx(
-            region_limit(fit), rel=1e-4
-        )
+        assert refitted_rss(x, loss, list(fit.parameters.values())) == pytest.approx(region_limit(fit), rel=1e-4)
 
 
 def test_many_points_give_the_textbook_intervals() -> None:
@@ -107,9 +105,7 @@ def test_prediction_intervals_hold_a_new_run_as_often_as_they_say() -> None:
     held = 0
     for seed in range(repeats):
         prediction = predict(noisy_fit(seed, starts=3), [target])
-        held += bool(
-            prediction.low[0] <= truth * (1 + NOISE * random.standard_normal()) <= prediction.high[0]
-        )
+        held += bool(prediction.low[0] <= truth * (1 + NOISE * random.standard_normal()) <= prediction.high[0])
     assert 0.90 <= held / repeats <= 0.99
     # And not by luck: 95% itself is within what 300 repeats can tell.
     assert 0.001 < binom.cdf(held, repeats, 0.95) < 0.999

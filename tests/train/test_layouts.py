@@ -1,0 +1,190 @@
+"""Any layout trains the same model: losses, gradient norms and initial weights against one rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from megamup.config import Config
+from megamup.parallel.layers import spec_of
+from megamup.parameters import parameters
+from megamup.train.fork import run_ranks
+from megamup.train.loop import Training, evaluate, start, train_step
+
+Curve = list[tuple[float, float]]
+Shards = dict[str, list[tuple[int, npt.NDArray[Any]]]]
+
+# (tensor, pipeline, data, ZeRO stage)
+LAYOUTS = [
+    (2, 1, 1, 0),
+    (1, 2, 1, 0),
+    (1, 1, 2, 0),
+    (2, 2, 1, 0),
+    (2, 1, 2, 0),
+    (1, 2, 2, 0),
+    (1, 1, 2, 1),
+    (1, 1, 2, 2),
+    (1, 1, 2, 3),
+    (2, 1, 2, 1),
+    (2, 1, 2, 2),
+    (2, 1, 2, 3),
+    (1, 2, 2, 1),
+    (2, 2, 1, 1),
+]
+ARCHS = ["llama", "gpt"]
+
+
+def run(config: Config, world_size: int) -> tuple[Curve, float, Shards]:
+    """20 steps on this rank: (loss, gradient norm) of each, the final evaluation, and the initial shards."""
+    training = start(config, world_size, None)
+    initial = local_shards(training)
+    records = [train_step(training, step) for step in range(config.train.steps)]
+    curve = [(record["loss"], record["grad_norm"]) for record in records]
+    return curve, records[-1]["valid_loss"], initial
+
+
+def local_shards(training: Training) -> Shards:
+    """{global name: [(tensor rank, values)]}; ZeRO-3's are gathered over the data axis first."""
+    import deepspeed
+
+    found: Shards = {}
+    shards = [shard for shard in training.engine.deepspeed.module.parameters() if hasattr(shard, "spec")]
+    with deepspeed.zero.GatheredParameters(shards):
+        for shard in shards:
+            found[spec_of(shard).name] = [(training.mesh.tensor.rank, shard.detach().clone().numpy())]
+    return found
+
+
+def gathered(config: Config, ranks: list[Shards]) -> dict[str, npt.NDArray[Any]]:
+    """The logical tensors from every rank's shards; replicas must agree bit for bit."""
+    whole = {}
+    for name, spec in parameters(config.model).items():
+        pieces: dict[int, npt.NDArray[Any]] = {}
+        for rank in ranks:
+            for tensor_rank, values in rank.get(name, []):
+                place = tensor_rank if spec.partition_dim is not None else 0
+                assert np.array_equal(pieces.setdefault(place, values), values), f"replicas of {name} differ"
+        ordered = [pieces[place] for place in sorted(pieces)]
+        whole[name] = ordered[0] if spec.partition_dim is None else np.concatenate(ordered, spec.partition_dim)
+        assert whole[name].shape == spec.shape
+    return whole
+
+
+References = dict[str, tuple[Curve, float, dict[str, npt.NDArray[Any]]]]
+
+
+@pytest.fixture(scope="module")
+def references() -> References:
+    return {}
+
+
+def reference(make_config: Any, arch: str, known: References) -> tuple[Curve, float, dict[str, npt.NDArray[Any]]]:
+    if arch not in known:
+        config = make_config(f"model.arch={arch}", "run.name=reference")
+        curve, valid_loss, shards = run_ranks(run, 1, config, 1)[0]
+        known[arch] = curve, valid_loss, gathered(config, [shards])
+    return known[arch]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(("tensor", "pipeline", "data", "zero"), LAYOUTS)
+def test_layout_trains_the_model_of_one_rank(
+    make_config: Any, references: References, arch: str, tensor: int, pipeline: int, data: int, zero: int
+) -> None:
+    expected, expected_valid, expected_weights = reference(make_config, arch, references)
+    config = make_config(
+        f"model.arch={arch}",
+        f"parallel.tensor={tensor}",
+        f"parallel.pipeline={pipeline}",
+        f"deepspeed=ds_configs/zero{zero}.json",
+    )
+    world_size = tensor * pipeline * data
+    ranks = run_ranks(run, world_size, config, world_size)
+
+    curve, valid_loss, _ = ranks[0]
+    assert all(rank[0] == curve for rank in ranks), "ranks disagree on the global loss or norm"
+    assert expected[-1][0] < 0.9 * expected[0][0], "nothing was learnt: the comparison would be of initial weights"
+    np.testing.assert_allclose([loss for loss, _ in curve], [loss for loss, _ in expected], rtol=1e-5)
+    np.testing.assert_allclose([norm for _, norm in curve], [norm for _, norm in expected], rtol=1e-4)
+    np.testing.assert_allclose(valid_loss, expected_valid, rtol=1e-5)
+
+    weights = gathered(config, [rank[2] for rank in ranks])
+    different = [name for name in weights if not np.array_equal(weights[name], expected_weights[name])]
+    assert weights.keys() == expected_weights.keys()
+    assert not different, "initial weights depend on the layout"
+
+
+@pytest.mark.parametrize(
+    ("tensor", "pipeline", "data", "zero"),
+    [(1, 1, 1, 0), (2, 1, 1, 0), (1, 2, 1, 0), (1, 1, 2, 1), (1, 1, 2, 2), (1, 1, 2, 3), (1, 2, 2, 1), (2, 2, 1, 1)],
+)
+def test_bf16_follows_fp32_in_every_engine(
+    make_config: Any, references: References, tensor: int, pipeline: int, data: int, zero: int
+) -> None:
+    """Compute in bf16, accumulation and masters in fp32: losses stay within bf16's rounding of the fp32 run's."""
+    expected, _, _ = reference(make_config, "llama", references)
+    config = make_config(
+        "precision=bf16",
+        f"parallel.tensor={tensor}",
+        f"parallel.pipeline={pipeline}",
+        f"deepspeed=ds_configs/zero{zero}.json",
+    )
+    world_size = tensor * pipeline * data
+    curve, _, shards = run_ranks(run_bf16, world_size, config, world_size)[0]
+    np.testing.assert_allclose([loss for loss, _ in curve], [loss for loss, _ in expected], rtol=5e-3)
+    assert shards == ({"torch.float32"} if zero == 0 else {"torch.bfloat16"})
+
+
+def run_bf16(config: Config, world_size: int) -> tuple[Curve, float, set[str]]:
+    training = start(config, world_size, None)
+    records = [train_step(training, step) for step in range(config.train.steps)]
+    optimizer = training.engine.deepspeed.optimizer
+    masters = {
+        value.dtype
+        for group in optimizer.param_groups
+        for shard in group["params"]
+        for value in (shard, *optimizer.state[shard].values())
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+    }
+    assert masters == {torch.float32}, f"masters or moments are {masters}"
+    dtypes = {str(shard.dtype) for shard in training.engine.deepspeed.module.parameters() if hasattr(shard, "spec")}
+    return [(record["loss"], record["grad_norm"]) for record in records], evaluate(training), dtypes
+
+
+def test_micro_batches_do_not_change_the_model(make_config: Any, references: References) -> None:
+    expected, _, _ = reference(make_config, "llama", references)
+    for micro in (1, 8):
+        curve, _, _ = run_ranks(run, 1, make_config(f"batch.micro_sequences={micro}", f"run.name=micro{micro}"), 1)[0]
+        np.testing.assert_allclose([loss for loss, _ in curve], [loss for loss, _ in expected], rtol=1e-5)
+
+
+def test_uneven_stages_hold_the_same_parameter_groups(make_config: Any, references: References) -> None:
+    """Three blocks on three stages: the middle one has no embedding, readout or final norm (DeepSpeed #1522)."""
+    one = run_ranks(run, 1, make_config("model.n_layers=3", "run.name=one"), 1)[0]
+    for zero in (0, 1):
+        config = make_config(
+            "model.n_layers=3",
+            "parallel.pipeline=3",
+            "mup.eta.vector=0.5",
+            "mup.eta.embedding=2",
+            "mup.eta.readout=3",
+            "mup.eta.hidden=1",
+            "mup.eta.residual_out=0.7",
+            f"deepspeed=ds_configs/zero{zero}.json",
+            f"run.name=three{zero}",
+        )
+        alone = config.model_copy(
+            update={
+                "parallel": config.parallel.model_copy(update={"pipeline": 1}),
+                "run": config.run.model_copy(update={"name": f"alone{zero}"}),
+            }
+        )
+        ranks = run_ranks(run, 3, config, 3)
+        expected = run_ranks(run, 1, alone, 1)[0]
+        np.testing.assert_allclose([x for x, _ in ranks[0][0]], [x for x, _ in expected[0]], rtol=1e-5)
+        np.testing.assert_allclose([x for _, x in ranks[0][0]], [x for _, x in expected[0]], rtol=1e-4)
+        assert abs(expected[0][-1][0] - one[0][-1][0]) > 1e-3, "the rates by role had no effect"

@@ -65,7 +65,7 @@ def make_config(shards: Path, tmp_path: Path) -> MakeConfig:
             "data": {"train": str(shards / "train"), "valid": str(shards / "valid")},
             "batch": {"global_sequences": 8, "micro_sequences": 2},
             "optim": {"lr": 0.01},
-            "schedule": {"kind": "cosine", "warmup_steps": 4},
+            "schedule": {"kind": "cosine", "warmup_steps": 2},
             "train": {"steps": 20, "log_every": 1},
             "run": {"dir": str(tmp_path), "name": "run"},
         }

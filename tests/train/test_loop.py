@@ -1,0 +1,114 @@
+"""What a run writes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megamup.config import dump_config, load_config
+from megamup.data.shards import ShardWriter, publish
+from megamup.errors import MegamupError, OneRankError
+from megamup.flops import flops_per_token
+from megamup.train.fork import run_ranks
+from megamup.train.loop import DivergedError, train
+
+
+def test_run_folder_holds_what_the_tools_read(make_config: Any, read_metrics: Any) -> None:
+    config = make_config("train.steps=10", "train.log_every=4", "train.eval_every=5")
+    last = run_ranks(train, 1, config)[0]
+    folder = config.run.folder
+    assert load_config([folder / "config.yaml"]) == config
+    records = read_metrics(config)
+    assert [record["step"] for record in records] == [1, 4, 5, 8, 10]
+    assert [record["step"] for record in records if "valid_loss" in record] == [5, 10]
+    needed = {"step", "tokens", "flops", "loss", "lr", "grad_norm", "tokens_per_s", "mfu_percent", "memory_peak_gib"}
+    assert all(needed <= record.keys() for record in records)
+    assert records[-1] == last
+    assert last["tokens"] == 10 * 8 * 64
+    assert last["flops"] == last["tokens"] * flops_per_token(config.model, 64, "palm")
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["flops_convention"] == "palm"
+    assert environment["peak_basis"].startswith("measured: fp32 matrix product")
+    per_token = flops_per_token(config.model, 64, "palm")
+    expected = 100 * last["tokens_per_s"] * per_token / environment["peak_flops"]
+    assert math.isclose(last["mfu_percent"], expected, rel_tol=1e-9)
+
+
+def test_schedule_reaches_the_groups_with_their_scales(make_config: Any) -> None:
+    """The rate in the metrics is the peak's; every group's is that times its scale from the table."""
+    config = make_config("train.steps=3")
+    groups = run_ranks(rates_after_training, 1, config)[0]
+    scales = sorted({scale for scale, _, _ in groups})
+    assert scales == [0.4, 0.5, 1.0]  # d_ff 160 over 2 x 32's own; d_model; embedding, readout, gains
+    for scale, rate, at in groups:
+        assert math.isclose(rate, at * scale, rel_tol=1e-12)
+
+
+def rates_after_training(config: Any) -> list[tuple[float, float, float]]:
+    from megamup.train.loop import start, train_step
+
+    training = start(config, 1, None)
+    record = [train_step(training, step) for step in range(3)][-1]
+    groups = training.engine.deepspeed.optimizer.param_groups
+    return [(group["lr_scale"], group["lr"], record["lr"]) for group in groups]
+
+
+def test_divergence_is_one_error_that_names_the_rate(make_config: Any) -> None:
+    config = make_config("optim.lr=1e30", "optim.grad_clip=0", "schedule.warmup_steps=0")
+    with pytest.raises(DivergedError, match=r"diverged at step \d+.*lower optim\.lr=1e\+30"):
+        run_ranks(train, 1, config)
+
+
+def test_missing_shard_is_found_before_any_process_group(make_config: Any, tmp_path: Path) -> None:
+    import torch.distributed as dist
+
+    with pytest.raises(MegamupError, match="nowhere"):
+        train(make_config(f"data.train={tmp_path / 'nowhere'}"))
+    assert not dist.is_initialized()
+
+
+def test_token_beyond_the_vocabulary_names_shard_and_place(make_config: Any, tmp_path: Path) -> None:
+    """A foreign shard without a manifest is checked as it is read, on the rank that reads it."""
+    ids = np.full(20_000, 7, dtype=np.uint16)
+    ids[15_000] = 300
+    with ShardWriter(str(tmp_path / "bad"), 400) as writer:
+        writer.add(ids, [len(ids)])
+        writer.finish(eod_id=0, tokenizer="t", tokenizer_sha256="0" * 64, text_bytes=1, sources=["t"])
+        publish([writer])
+    (tmp_path / "bad.json").unlink()
+    config = make_config(f"data.train={tmp_path / 'bad'}", "train.steps=40")
+    with pytest.raises(OneRankError, match=r"bad.*15000.*300.*256|bad.*300"):
+        run_ranks(train, 2, config)
+
+
+def test_blend_of_shards_trains(make_config: Any, shards: Path, read_metrics: Any) -> None:
+    sources = f"[{{prefix: '{shards / 'train'}', weight: 3}}, {{prefix: '{shards / 'valid'}', weight: 1}}]"
+    config = make_config(f"data.train={sources}", "train.steps=10")
+    run_ranks(train, 2, config)
+    assert load_config([config.run.folder / "config.yaml"]) == config
+    assert dump_config(config)
+    assert read_metrics(config)[-1]["loss"] < read_metrics(config)[0]["loss"]
+
+
+def test_wandb_offline_and_tensorboard_are_copies(make_config: Any, monkeypatch: Any, tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    pytest.importorskip("tensorboard")
+    monkeypatch.setenv("HOME", str(tmp_path))  # no key to be found
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    config = make_config("train.steps=2", "log.wandb=true", "log.tensorboard=true")
+    run_ranks(train, 1, config)
+    assert list(config.run.folder.glob("wandb/offline-run-*"))
+    assert list(config.run.folder.glob("tensorboard/events.*"))
+
+
+def test_broken_wandb_never_stops_training(make_config: Any, monkeypatch: Any, read_metrics: Any) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # `import wandb` fails
+    config = make_config("train.steps=2", "log.wandb=true")
+    run_ranks(train, 1, config)
+    assert len(read_metrics(config)) == 2

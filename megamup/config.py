@@ -14,11 +14,11 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from megamup.deepspeed_file import load_deepspeed
+from megamup.deepspeed_file import load_deepspeed, zero_stage
 from megamup.errors import MegamupError
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(gt=0, strict=True)]
+NonNegative = Annotated[int, Field(ge=0, strict=True)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -263,7 +263,7 @@ class Config(Section):
 
     @property
     def zero_stage(self) -> int:
-        return int(load_deepspeed(self.deepspeed).get("zero_optimization", {}).get("stage", 0))
+        return zero_stage(load_deepspeed(self.deepspeed))
 
     @model_validator(mode="after")
     def check_combinations(self) -> Config:
@@ -288,9 +288,10 @@ class Config(Section):
             )
         if (self.train.eval_every or self.train.eval_sequences) and self.data.valid is None:
             raise ValueError("train.eval_every and train.eval_sequences need data.valid, a held-out shard prefix")
-        if pipeline > 1 and self.zero_stage > 1:
+        stage = self.zero_stage  # reads the file, so that a wrong one is found here
+        if pipeline > 1 and stage > 1:
             raise ValueError(
-                f"deepspeed={self.deepspeed} is ZeRO {self.zero_stage}, but parallel.pipeline={pipeline} "
+                f"deepspeed={self.deepspeed} is ZeRO {stage}, but parallel.pipeline={pipeline} "
                 "works with ZeRO 0 or 1 only (DeepSpeed partitions gradients against the pipeline's "
                 "accumulation); use ds_configs/zero1.json or pipeline=1"
             )
@@ -379,7 +380,9 @@ def parse_override(override: str) -> dict[str, Any]:
 def merge(into: dict[str, Any], new: dict[str, Any]) -> None:
     """Merge ``new`` into ``into`` in place: sections merge, everything else replaces."""
     for key, value in new.items():
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
+        if isinstance(value, dict):
+            if not isinstance(into.get(key), dict):
+                into[key] = {}  # a section of its own: a YAML alias may stand in two places
             merge(into[key], value)
         else:
             into[key] = value
@@ -397,9 +400,8 @@ def describe(problem: Any) -> str:
     message = str(problem["msg"]).removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
         known = valid_keys()
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-        if not near:  # the right name in the wrong section
-            near = [name for name in known if name.rsplit(".", 1)[-1] == location[-1]][:1]
+        elsewhere = [name for name in known if name.rsplit(".", 1)[-1] == location[-1]]  # in the wrong section
+        near = elsewhere or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
         return f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
     if problem["type"] == "missing":
         return f"{key}: missing; it has no default"

@@ -33,7 +33,9 @@ def load_deepspeed(name: str) -> dict[str, Any]:
     Raises:
         ValueError: the file is missing or broken, or sets a key that the run config owns.
     """
-    candidates = [Path(name), *(folder / Path(name).name for folder in SHIPPED)]
+    candidates = [Path(name)]
+    if Path(name).parent in (Path(), Path("ds_configs")):  # from any folder, also where the package is a wheel
+        candidates += [folder / Path(name).name for folder in SHIPPED]
     path = next((candidate for candidate in candidates if candidate.is_file()), None)
     if path is None:
         known = sorted({file.name for folder in SHIPPED for file in folder.glob("*.json")})
@@ -47,4 +49,17 @@ def load_deepspeed(name: str) -> dict[str, Any]:
     for key, owner in OWNED_KEYS.items():
         if key in keys:
             raise ValueError(f"deepspeed={name} sets {key}, which {owner} of the run config sets; remove it there")
+    try:
+        zero_stage(keys)
+    except ValueError as error:
+        raise ValueError(f"deepspeed={name}: {error}") from None
     return keys
+
+
+def zero_stage(keys: dict[str, Any]) -> int:
+    """The ZeRO stage that a DeepSpeed config asks for, 0 to 3. Raises ValueError where it is something else."""
+    section = keys.get("zero_optimization", {})
+    stage = section.get("stage", 0) if isinstance(section, dict) else section
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        raise ValueError(f"zero_optimization.stage={stage!r}: expected 0, 1, 2 or 3")
+    return int(stage)

@@ -6,6 +6,7 @@ none: it is measured (megamup/train/metrics.py) and labelled so, never taken fro
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from megamup.config import Model
@@ -23,7 +24,6 @@ BF16_PEAKS = {
     "H200": 989e12,
     "B200": 2250e12,
     "L40S": 362e12,
-    "V100": 125e12,
 }
 
 
@@ -60,7 +60,7 @@ def known_peak(device_name: str, precision: str) -> float | None:
     """Peak FLOP/s of one device, or None where no data sheet figure is known for it."""
     if precision != "bf16":
         return None
-    return next((peak for name, peak in BF16_PEAKS.items() if name in device_name), None)
+    return next((peak for name, peak in BF16_PEAKS.items() if re.search(rf"\b{name}\b", device_name)), None)
 
 
 def mfu_percent(tokens_per_s: float, model: Model, seq_len: int, peak_flops: float) -> float:

@@ -97,7 +97,7 @@ class Trial:
         if not found:
             known = sorted({key for record in self.records() for key in record})
             raise MegamupError(f"metric={metric}: not in {self.folder / 'metrics.jsonl'}, which has {', '.join(known)}")
-        return float(found[-1])
+        return math.inf if math.isnan(found[-1]) else float(found[-1])
 
 
 def load_study(path: Path, overrides: Sequence[str] = ()) -> tuple[Study, dict[str, Any]]:
@@ -131,8 +131,7 @@ def trials(study: Study, base: dict[str, Any]) -> list[Trial]:
         for axis, value in zip(study.grid, point, strict=True):
             setting = value if isinstance(value, dict) else {axis: value}
             overrides |= setting
-            key, first = next(iter(setting.items()))
-            names.append(f"{key.rsplit('.', 1)[-1]}={first}")
+            names.append(label(setting, study.grid[axis]))
         values: dict[str, Any] = {}
         merge(values, base)
         values = json.loads(json.dumps(values))  # a copy: merging below must not reach the base
@@ -145,6 +144,14 @@ def trials(study: Study, base: dict[str, Any]) -> list[Trial]:
         except MegamupError as error:
             raise MegamupError(f"trial {name}: {error}") from None
     return found
+
+
+def label(setting: dict[str, Scalar], alternatives: Sequence[Any]) -> str:
+    """What a folder's name says of one value of an axis: its first key, or all where the first doesn't tell."""
+    first = next(iter(setting))
+    others = [value[first] for value in alternatives if isinstance(value, dict) and first in value]
+    shown = setting if others.count(setting[first]) > 1 else {first: setting[first]}
+    return ",".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in shown.items()).replace("/", "_")
 
 
 # --------------------------------------------------------------------------- running

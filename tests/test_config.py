@@ -159,7 +159,9 @@ def test_batch_that_ranks_cannot_share() -> None:
 # --------------------------------------------------------------------------- files that aren't configs
 
 
-@pytest.mark.parametrize(("text", "part"), [("a: [1", "not readable as YAML"), ("- 1\n- 2\n", "found list"), ("x", "str")])
+@pytest.mark.parametrize(
+    ("text", "part"), [("a: [1", "not readable as YAML"), ("- 1\n- 2\n", "found list"), ("x", "str")]
+)
 def test_a_file_that_is_no_config_is_named(tmp_path: Path, text: str, part: str) -> None:
     path = write(tmp_path / "broken.yaml", text)
     with pytest.raises(MegamupError) as caught:
@@ -169,7 +171,7 @@ def test_a_file_that_is_no_config_is_named(tmp_path: Path, text: str, part: str)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(MegamupError, match="absent.yaml: no such config file"):
+    with pytest.raises(MegamupError, match=r"absent\.yaml: no such config file"):
         load_config([tmp_path / "absent.yaml"])
 
 
@@ -193,9 +195,7 @@ def test_an_override_without_key_or_value(override: str) -> None:
         ('{"zero_optimization": {"stage": "two"}}', "stage"),
     ],
 )
-def test_a_wrong_deepspeed_file_is_one_config_error(
-    tmp_path: Path, text: str | None, part: str, pipeline: int
-) -> None:
+def test_a_wrong_deepspeed_file_is_one_config_error(tmp_path: Path, text: str | None, part: str, pipeline: int) -> None:
     path = tmp_path / "own.json"
     if text is not None:
         write(path, text)

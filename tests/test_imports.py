@@ -120,7 +120,11 @@ def test_imports_run_one_way() -> None:
         ("config", "from megamup import mup", "config imports megamup.mup"),
         ("models.blocks", "def f() -> None:\n    import megamup.train.loop", "models.blocks imports megamup.train"),
         ("data.shards", "from megamup.parameters import count", "data.shards imports megamup.parameters"),
-        ("data.samples", "try:\n    import torch\nexcept ImportError: ...", "data.samples imports torch at module level"),
+        (
+            "data.samples",
+            "try:\n    import torch\nexcept ImportError: ...",
+            "data.samples imports torch at module level",
+        ),
         ("sweep", "from megamup.train.loop import train", "sweep imports megamup.train, which"),
         ("data.blend", "from megamup.data.loader import x", "data.blend imports megamup.data.loader, which"),
         ("kernels.norm", "from megamup.parallel.mesh import Mesh", "kernels.norm imports megamup.parallel"),

@@ -22,20 +22,27 @@ from pathlib import Path
 from megamup.cli import programs
 
 OUT = Path("demo")
-HELD_OUT = "d_model=192"
-LADDER = ("configs/studies/demo_tensor.yaml", "configs/studies/demo_pipeline.yaml", "configs/studies/demo_ladder.yaml")
+STUDIES = {
+    "search: the learning rate at the base width": "configs/studies/demo_lr.yaml",
+    "train on two tensor ranks": "configs/studies/demo_tensor.yaml",
+    "train on two pipeline stages": "configs/studies/demo_pipeline.yaml",
+    "train the other widths": "configs/studies/demo_ladder.yaml",
+    "train the largest width": "configs/studies/demo_target.yaml",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args(argv)
+    parser.add_argument("--shards-only", action="store_true", help="stop once tokenizer and shards are made")
+    arguments = parser.parse_args(argv)
     os.chdir(programs()["demo"].parent.parent)  # studies name configs/ and demo/ relative to the checkout
     started = time.monotonic()
     try:
         prepare_text()
-        stage("search: learning rate at the base width", "sweep", "configs/studies/demo_lr.yaml")
-        for study in LADDER:
-            stage(f"train: {study}", "sweep", study)
+        if arguments.shards_only:
+            return 0
+        for title, study in STUDIES.items():
+            stage(title, "sweep", study)
         report_prediction()
     except subprocess.CalledProcessError as error:
         print(f"error: this stage failed ({error.returncode}); ./dev demo goes on from here", file=sys.stderr)
@@ -69,17 +76,17 @@ def prepare_text() -> None:
 
 
 def report_prediction() -> None:
-    runs = sorted(path for path in (OUT / "ladder").glob("d_model=*") if path.is_dir())
-    held_out = OUT / "ladder" / HELD_OUT
-    fitted = [str(path) for path in runs if path != held_out]
+    """Fit the ladder, predict the target from its compute, and compare with what it measured."""
+    rungs = [path for study in ("ladder", "tensor", "pipeline") for path in (OUT / study).glob("d_model=*")]
+    fitted = sorted(str(path) for path in rungs)
+    (target,) = (OUT / "target").glob("d_model=*")
     fit, report = OUT / "fit.json", OUT / "report.html"
-    law = ["--law", "power", "--x", "C"]
-    stage(f"fit: all widths but {HELD_OUT}", "scaling", "fit", *law, "--runs", *fitted, "--output", str(fit))
-    last = json.loads((held_out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    stage("fit the ladder", "scaling", "fit", "--law", "power", "--x", "C", "--runs", *fitted, "--output", str(fit))
+    last = json.loads((target / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     at = f"C={last['flops']:.6g}"
-    answer = stage(f"predict: {HELD_OUT}", "scaling", "predict", "--fit", str(fit), "--at", at, "--json")
+    answer = stage(f"predict {target.name}", "scaling", "predict", "--fit", str(fit), "--at", at, "--json")
     predicted, measured = json.loads(answer), last["valid_loss"]
-    stage("report", "scaling", "report", "--fit", str(fit), "--holdout", str(held_out), "--output", str(report))
+    stage("report", "scaling", "report", "--fit", str(fit), "--holdout", str(target), "--output", str(report))
     error = 100 * (predicted["loss"] - measured) / measured
     print(
         f"\npredicted loss  {predicted['loss']:.4f}   (95% interval {predicted['low']:.4f} to {predicted['high']:.4f})"

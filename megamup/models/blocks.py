@@ -1,4 +1,4 @@
-"""The layers of a decoder. Each is an ``nn.Module`` from one tensor to one tensor, so that a list of them is a model."""
+"""The layers of a decoder, each a module from one tensor to one tensor: a list of them is a model."""
 
 from __future__ import annotations
 

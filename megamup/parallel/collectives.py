@@ -50,9 +50,9 @@ class _Reduce(torch.autograd.Function):
 
 def copy_to_axis(x: Tensor, axis: Axis) -> Tensor:
     """Enter a sharded region: each rank uses ``x`` for its own share, so the gradients add up."""
-    return x if axis.size == 1 else cast(Tensor, _Copy.apply(x, axis))
+    return x if axis.size == 1 else cast(Tensor, _Copy.apply(x, axis))  # type: ignore[no-untyped-call]
 
 
 def reduce_from_axis(x: Tensor, axis: Axis) -> Tensor:
     """Leave a sharded region: the ranks' partial sums become the whole on each of them."""
-    return x if axis.size == 1 else cast(Tensor, _Reduce.apply(x, axis))
+    return x if axis.size == 1 else cast(Tensor, _Reduce.apply(x, axis))  # type: ignore[no-untyped-call]

@@ -48,4 +48,4 @@ def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor, axis: Axis) ->
     Returns:
         (batch, seq), the same on every rank of the axis.
     """
-    return cast(Tensor, _VocabParallelCrossEntropy.apply(logits, targets, axis))
+    return cast(Tensor, _VocabParallelCrossEntropy.apply(logits, targets, axis))  # type: ignore[no-untyped-call]

@@ -69,19 +69,23 @@ def train_step(run: Training, step: int) -> dict[str, float]:
     lr = config.optim.lr * lr_factor(config.schedule, step, config.train.steps)
     batch, _ = weigh(read(run.train_data, step), run.mesh.data, run.device)
     result = run.engine.train_batch(batch, lr)
-    if not math.isfinite(result.loss):
-        raise DivergedError(
-            f"{DivergedError.LABEL} at step {step + 1}: {result.loss}; lower optim.lr={config.optim.lr}"
-        )
+    finite(result.loss, step + 1, config)
     if not (due.log or due.evaluation or due.save):
         return {}
     values = {"loss": result.loss, "lr": lr, "grad_norm": result.grad_norm}
     with run.recorder.pause():
         if due.evaluation:
-            values["valid_loss"] = evaluate(run)
+            values["valid_loss"] = finite(evaluate(run), step + 1, config)
         if due.save:
             checkpoint.save(run.engine, config.run.folder / "checkpoints", step + 1, config)
     return run.recorder.step(step + 1, **values)
+
+
+def finite(loss: float, step: int, config: Config) -> float:
+    """The loss, or DivergedError."""
+    if not math.isfinite(loss):
+        raise DivergedError(f"{DivergedError.LABEL} at step {step}: {loss}; lower optim.lr={config.optim.lr}")
+    return loss
 
 
 class Due:

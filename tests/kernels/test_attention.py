@@ -31,9 +31,7 @@ def compare(heads: int, kv_heads: int, scale: float, dtype: torch.dtype, device:
         results.append((y, *torch.autograd.grad((y.float() * weight).sum(), (query, key, value))))
     for expected, found in zip(*results, strict=True):
         size = expected.float().abs().max()
-        torch.testing.assert_close(
-            found.float() / size, expected.float() / size, atol=TOLERANCE[dtype], rtol=0.0
-        )
+        torch.testing.assert_close(found.float() / size, expected.float() / size, atol=TOLERANCE[dtype], rtol=0.0)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), SHAPES)

@@ -27,7 +27,7 @@ def build(model: dict[str, Any], **sections: Any) -> tuple[Config, Decoder, dict
     with torch.no_grad():
         for shard in net.parameters():
             if shard.dim() == 1:
-                shard += 0.2 * torch.randn(shard.shape, generator=draw)
+                shard.add_(torch.randn(shard.shape, generator=draw), alpha=0.2)
     return config, net, {spec_of(shard).name: shard.detach() for shard in net.parameters()}
 
 

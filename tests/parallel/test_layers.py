@@ -58,7 +58,7 @@ def test_column_then_row_is_the_whole_linear(make_config: Any) -> None:
     for tensor in (2, 4):
         for rank in run_ranks(mlp_like, tensor, make_config(*overrides, f"parallel.tensor={tensor}")):
             for name, value in whole.items():
-                torch.testing.assert_close(rank[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+                torch.testing.assert_close(rank[name], value, rtol=1e-5, atol=1e-6, msg=name)
 
 
 def embed(config: Config) -> Outcome:
@@ -74,7 +74,9 @@ def embed(config: Config) -> Outcome:
 
 def test_vocab_parallel_embedding_is_a_lookup(make_config: Any) -> None:
     for tensor in (1, 2, 4):
-        for rank in run_ranks(embed, tensor, make_config(f"parallel.tensor={tensor}", "model.n_kv_heads=4", "mup.alpha.embedding=2")):
+        for rank in run_ranks(
+            embed, tensor, make_config(f"parallel.tensor={tensor}", "model.n_kv_heads=4", "mup.alpha.embedding=2")
+        ):
             tokens = torch.tensor([[0, 1, 127, 128, 255, 128], [64, 63, 191, 192, 0, 0]])
             weight = rank["weight"].requires_grad_()
             expected = 2 * F.embedding(tokens, weight)

@@ -42,10 +42,10 @@ def test_run_folder_holds_what_the_tools_read(make_config: Any, read_metrics: An
 
 def test_schedule_reaches_the_groups_with_their_scales(make_config: Any) -> None:
     """The rate in the metrics is the peak's; every group's is that times its scale from the table."""
-    config = make_config("train.steps=3")
+    config = make_config("train.steps=3", "mup.base.d_ff=64")
     groups = run_ranks(rates_after_training, 1, config)[0]
     scales = sorted({scale for scale, _, _ in groups})
-    assert scales == [0.4, 0.5, 1.0]  # d_ff 160 over 2 x 32's own; d_model; embedding, readout, gains
+    assert scales == [0.4, 0.5, 1.0]  # d_ff 160 over 64; d_model 64 over 32; embedding, readout, gains
     for scale, rate, at in groups:
         assert math.isclose(rate, at * scale, rel_tol=1e-12)
 

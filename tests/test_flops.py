@@ -1,0 +1,112 @@
+"""FLOPs per token against published figures and by hand; peaks of known devices."""
+
+from __future__ import annotations
+
+import pytest
+
+from megamup.config import Model
+from megamup.flops import flops_per_token, known_peak, mfu_percent
+from megamup.parameters import count
+
+PALM = Model(
+    arch="llama",
+    d_model=18432,
+    n_layers=118,
+    n_heads=48,
+    n_kv_heads=1,
+    d_head=256,
+    d_ff=73728,
+    vocab_size=256_000,
+    max_seq_len=2048,
+    tie_embeddings=True,
+)
+SMALL = Model(
+    arch="llama", d_model=8, n_layers=2, n_heads=3, n_kv_heads=1, d_head=4, d_ff=20, vocab_size=50, max_seq_len=16
+)
+TPU_V4 = 275e12
+
+
+def test_palm_540b_published() -> None:
+    """Chowdhery et al. 2022, table 3 and appendix B: 540.35B parameters, 238.3K tokens/s on 6144 TPU v4, MFU 46.2%."""
+    assert count(PALM)["total"] == pytest.approx(540.35e9, rel=1e-4)
+    assert mfu_percent(238_300, PALM, 2048, 6144 * TPU_V4) == pytest.approx(46.2, abs=0.05)
+
+
+def test_6n_counts_no_embedding() -> None:
+    """Kaplan et al. 2020, table 1: N = 12·L·d² for d_ff = 4·d, without embeddings, biases and norms."""
+    model = Model(arch="gpt", d_model=512, n_layers=6, n_heads=8, vocab_size=50257, max_seq_len=1024)
+    assert flops_per_token(model, 1024, "6N") == 6 * count(model)["non_embedding"]
+    assert flops_per_token(model, 1024, "6N") == pytest.approx(6 * 12 * 6 * 512**2, rel=0.01)
+    wider = model.model_copy(update={"vocab_size": 10 * model.vocab_size})
+    assert flops_per_token(wider, 2048, "6N") == flops_per_token(model, 1024, "6N")
+
+
+def test_palm_by_hand() -> None:
+    """Two matrix products with the scores, each 2·H·Q·T a token forward, three times that with backward."""
+    block = 8 * 12 * 2 + 8 * 4 * 2 + 3 * 8 * 20 + 2 * 8  # query and output, key and value, SwiGLU, norms
+    parameters = 2 * block + 8 + 50 * 8  # with the last norm and the readout, without the lookup
+    for tied in (False, True):
+        model = SMALL.model_copy(update={"tie_embeddings": tied})
+        assert flops_per_token(model, 16, "palm") == 6 * parameters + 12 * 2 * 3 * 4 * 16
+
+
+def test_chinchilla_by_hand() -> None:
+    """Hoffmann et al. 2022, appendix F, per token; with one key-value head of three, and three matrices in the MLP."""
+    embedding, logits = 2 * 50 * 8, 2 * 8 * 50
+    qkv = 2 * 8 * (12 + 4 + 4)
+    scores, softmax, reduction, output = 2 * 16 * 12, 3 * 3 * 16, 2 * 16 * 12, 2 * 12 * 8
+    mlp = 3 * 2 * 8 * 20
+    forward = embedding + 2 * (qkv + scores + softmax + reduction + output + mlp) + logits
+    assert flops_per_token(SMALL, 16, "chinchilla") == 3 * forward
+
+
+def test_chinchilla_of_the_papers_transformer() -> None:
+    """Multi-head, two matrices, as appendix F is written: 6·(12·L·d² + 2·V·d) plus the terms of the sequence."""
+    model = Model(arch="gpt", d_model=64, n_layers=3, n_heads=4, vocab_size=100, max_seq_len=32)
+    expected = 6 * (12 * 3 * 64**2 + 2 * 100 * 64) + 3 * 3 * (4 * 32 * 64 + 3 * 4 * 32)
+    assert flops_per_token(model, 32, "chinchilla") == expected
+
+
+def test_mfu_is_linear_in_speed_and_peak() -> None:
+    flops = flops_per_token(SMALL, 16, "palm")
+    assert mfu_percent(1000, SMALL, 16, 1000 * flops) == pytest.approx(100)
+    assert mfu_percent(500, SMALL, 16, 2000 * flops) == pytest.approx(25)
+
+
+@pytest.mark.parametrize(
+    ("device", "peak"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA L40S", 362e12),
+    ],
+)
+def test_peak_of_a_known_device(device: str, peak: float) -> None:
+    assert known_peak(device, "bf16") == peak
+    assert known_peak(device, "fp32") is None
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "",
+        "cpu",
+        "NVIDIA GeForce RTX 4090",
+        "NVIDIA L40",
+        "NVIDIA A10",
+        "NVIDIA H20",
+        "NVIDIA RTX A1000",
+        "NVIDIA GB200",
+    ],
+)
+def test_another_card_has_no_known_peak(device: str) -> None:
+    assert known_peak(device, "bf16") is None
+
+
+def test_v100_has_no_bf16_peak() -> None:
+    """Its 125 TFLOP/s are fp16: its tensor cores know no bf16."""
+    assert known_peak("Tesla V100-SXM2-32GB", "bf16") is None

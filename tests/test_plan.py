@@ -1,0 +1,150 @@
+"""tools/plan.py: totals, bytes and stages against formulas, as JSON and as text."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from megamup.config import config_from, dump_config, load_config
+from megamup.plan import stage_parameters, table_lines
+
+ROOT = Path(__file__).resolve().parents[1]
+# Of a block: query and output 64·64, key and value 32·64, gate, up and down 64·160, two norms. 512 tokens a step.
+BLOCK_CUT, BLOCK_WHOLE, TABLE = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 160, 2 * 64, 256 * 64
+TOTAL = 4 * (BLOCK_CUT + BLOCK_WHOLE) + 64 + 2 * TABLE
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    model = {"arch": "llama", "d_model": 64, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "d_ff": 160}
+    values: dict[str, Any] = {
+        "model": {**model, "vocab_size": 256, "max_seq_len": 64},
+        "mup": {"base": {"d_model": 32, "n_heads": 2}},
+        "data": {"train": "shard"},
+        "batch": {"global_sequences": 8},
+        "train": {"steps": 20},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config_from(values)), encoding="utf-8")
+    return path
+
+
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("plan_tool", ROOT / "tools" / "plan.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def planned(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> dict[str, Any]:
+    assert tool().main([*map(str, arguments), "--json"]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_totals(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = planned(capsys, config_file)
+    assert found["parameters"] == {"total": TOTAL, "non_embedding": TOTAL - 2 * TABLE}
+    base = 4 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 80 + 2 * 32) + 32
+    assert found["base_parameters"] == {"total": base + 2 * 256 * 32, "non_embedding": base}
+    assert (found["batch_tokens"], found["tokens"]) == (512, 10_240)
+    assert found["flops_per_token"]["6N"] == 6 * (TOTAL - 2 * TABLE)
+    assert found["flops_per_token"]["palm"] == 6 * (TOTAL - TABLE) + 12 * 4 * 64 * 64
+    assert found["flops_convention"] == "palm"
+    assert found["flops"] == found["flops_per_token"]["palm"] * 10_240
+    assert found["ratios"] == {"d_model": 2.0, "d_heads": 2.0, "d_ff": 2.0, "batch": 1.0, "tokens": 1.0}
+    assert found["readout_multiplier"] == 0.5
+    assert found["attention_scale"] == 0.25
+    assert found["table"]["blocks.3.mlp.down.weight"]["lr_scale"] == 0.5
+    assert len(found["table"]) == 4 * 9 + 3
+    assert found["ranks"] == {"world": 1, "tensor": 1, "pipeline": 1, "data": 1}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bytes_of_zero_stages(
+    config_file: Path, capsys: pytest.CaptureFixture[str], stage: int, precision: str
+) -> None:
+    """4 replicas: ZeRO 1 cuts the optimizer (with bf16, its masters too), 2 the gradients, 3 the weights."""
+    overrides = [f"deepspeed=ds_configs/zero{stage}.json", f"precision={precision}"]
+    mixed = precision == "bf16" and stage > 0
+    weights, optimizer = (2, 12) if mixed else (4, 8)
+    assert planned(capsys, config_file, *overrides, "--ranks", "4")["state_bytes_per_rank"] == {
+        "weights": weights * TOTAL // (4 if stage == 3 else 1),
+        "gradients": 4 * TOTAL // (4 if stage >= 2 else 1),
+        "optimizer": optimizer * TOTAL // (4 if stage >= 1 else 1),
+    }
+
+
+def test_bytes_are_of_the_largest_tensor_and_pipeline_shard(
+    config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tensor 2 halves what is cut; of two stages the last holds a final norm more than the first."""
+    found = planned(capsys, config_file, "parallel.tensor=2", "parallel.pipeline=2", "--ranks", "8")
+    assert found["ranks"] == {"world": 8, "tensor": 2, "pipeline": 2, "data": 2}
+    held = 2 * (BLOCK_CUT // 2 + BLOCK_WHOLE) + TABLE // 2 + 64
+    assert found["state_bytes_per_rank"] == {"weights": 4 * held, "gradients": 4 * held, "optimizer": 8 * held}
+
+
+@pytest.mark.parametrize("pipeline", [1, 2, 3, 4])
+@pytest.mark.parametrize("tied", [False, True])
+def test_stages_sum_to_the_model_and_the_tied_copy(config_file: Path, pipeline: int, tied: bool) -> None:
+    config = load_config([config_file], [f"parallel.pipeline={pipeline}", f"model.tie_embeddings={tied}"])
+    held = stage_parameters(config)
+    assert len(held) == pipeline
+    assert sum(held) == (TOTAL - TABLE if tied else TOTAL) + (TABLE if tied and pipeline > 1 else 0)
+    blocks = [size // (BLOCK_CUT + BLOCK_WHOLE) for size in held]
+    assert max(blocks) - min(blocks) <= 1
+    assert sum(blocks) == 4
+
+
+def test_text_has_a_row_for_each_kind_of_parameter(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tool().main([str(config_file)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"parameters        {TOTAL:,} ")
+    names = [line.split()[0] for line in lines[lines.index("") + 2 : -1]]
+    assert len(names) == 9 + 3
+    assert names[0] == "embedding.token"
+    assert "blocks.0-3.mlp.down.weight" in names
+    down = next(line.split() for line in lines if line.startswith("blocks.0-3.mlp.down.weight"))
+    # 64 x 160, residual out, 0.02/√2/√8, multiplier 1, lr 3e-3/2, eps, weight decay
+    assert down[1:] == ["64", "x", "160", "residual_out", "0.005", "1", "0.0015", "1e-08", "0.1"]
+    assert lines[-1] == "betas 0.9, 0.95"
+
+
+def test_one_layer_is_one_block_in_the_table() -> None:
+    model = {"arch": "gpt", "d_model": 8, "n_layers": 1, "n_heads": 2, "vocab_size": 16, "max_seq_len": 4}
+    config = config_from({"model": model, "data": {"train": "shard"}, "train": {"steps": 1}})
+    rows = [line.split()[0] for line in table_lines(config)]
+    assert sum("mlp.up.weight" in row for row in rows) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["optim.lr=-1"], "optim.lr=-1"),
+        (["parallel.tensor=2", "--ranks", "3"], "3 ranks were started"),
+        (["batch.global_sequences=3", "--ranks", "2"], "batch.global_sequences=3"),
+        (["deepspeed=absent.json"], "deepspeed=absent.json: no such file"),
+        (["mup.base.batch_tokens=16"], "optim.betas"),
+    ],
+)
+def test_an_error_is_a_line_and_exit_2(
+    config_file: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], part: str
+) -> None:
+    assert tool().main([str(config_file), *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert part in captured.err
+    assert captured.out == ""
+
+
+def test_overrides_follow_the_files(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert planned(capsys, config_file, "train.steps=40")["tokens"] == 20_480

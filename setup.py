@@ -5,7 +5,12 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 # Beside the package in a checkout, inside it in a wheel, so that `megamup NAME` finds one implementation.
-INSIDE = {"megamup.tools": "tools", "megamup.launch": "launch", "megamup.ds_configs": "ds_configs"}
+INSIDE = {
+    "megamup.tools": "tools",
+    "megamup.launch": "launch",
+    "megamup.ds_configs": "ds_configs",
+    "megamup.configs": "configs",
+}
 
 setup(
     name="megamup",
@@ -17,7 +22,11 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["megamup", "megamup.*"]), *INSIDE],
     package_dir=INSIDE,
-    package_data={"megamup": ["py.typed"], "megamup.ds_configs": ["*.json"]},
+    package_data={
+        "megamup": ["py.typed"],
+        "megamup.ds_configs": ["*.json"],
+        "megamup.configs": ["*.yaml", "studies/*.yaml"],
+    },
     entry_points={"console_scripts": ["megamup = megamup.cli:main"]},
     install_requires=[
         "deepspeed>=0.19.8",

@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 from typing import cast
 
-PACKAGE = Path(__file__).resolve().parent
+from megamup.shipped import ROOTS
 
 
 def programs() -> dict[str, Path]:
     """Programs by name: inside the package in a wheel, beside it in a checkout."""
     found: dict[str, Path] = {}
-    for root in (PACKAGE.parent, PACKAGE):
+    for root in ROOTS:
         for folder in ("tools", "launch"):
             found |= {path.stem: path for path in sorted((root / folder).glob("[!_]*.py"))}
     return found

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from megamup import shipped
 from megamup.deepspeed_file import load_deepspeed, zero_stage
 from megamup.errors import MegamupError
 
@@ -350,10 +351,11 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
+    found = shipped.find(path)
+    if found is None:
+        raise MegamupError(f"{path}: no such config file")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise MegamupError(f"{path}: no such config file") from None
+        values = yaml.safe_load(found.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise MegamupError(f"{path}: not readable as YAML: {error}") from None
     if values is None:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
-PACKAGE = Path(__file__).resolve().parent
-SHIPPED = (PACKAGE.parent / "ds_configs", PACKAGE / "ds_configs")
-"""Where ds_configs/ lies: beside the package in a checkout, inside it in a wheel."""
+from megamup import shipped
 
 OWNED_KEYS = {
     "train_batch_size": "batch.global_sequences",
@@ -28,18 +25,15 @@ OWNED_KEYS = {
 
 
 def load_deepspeed(name: str) -> dict[str, Any]:
-    """Read a DeepSpeed config: a path, or a file of ds_configs/ beside the package.
+    """Read a DeepSpeed config: a path, or one of the shipped ds_configs/.
 
     Raises:
         ValueError: the file is missing or broken, or sets a key that the run config owns.
     """
-    candidates = [Path(name)]
-    if Path(name).parent in (Path(), Path("ds_configs")):  # from any folder, also where the package is a wheel
-        candidates += [folder / Path(name).name for folder in SHIPPED]
-    path = next((candidate for candidate in candidates if candidate.is_file()), None)
+    path = shipped.find(name)
     if path is None:
-        known = sorted({file.name for folder in SHIPPED for file in folder.glob("*.json")})
-        raise ValueError(f"deepspeed={name}: no such file; shipped in ds_configs/: {', '.join(known)}")
+        known = ", ".join(shipped.listing("ds_configs", ".json"))
+        raise ValueError(f"deepspeed={name}: no such file; shipped: {known}")
     try:
         keys: Any = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

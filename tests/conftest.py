@@ -32,7 +32,7 @@ def write_shard(prefix: Path, n_tokens: int, seed: int) -> None:
     ids = (np.cumsum(steps) % VOCAB).astype(np.uint16)
     with ShardWriter(str(prefix), VOCAB) as writer:
         writer.add(ids, [n_tokens // 2, n_tokens - n_tokens // 2])
-        writer.finish(eod_id=0, tokenizer="test", tokenizer_sha256="0" * 64, text_bytes=n_tokens, sources=["test"])
+        writer.finish(eod_id=0, tokenizer="test", tokenizer_sha256="0" * 64, text_bytes=n_tokens, sources=[])
         publish([writer])
 
 

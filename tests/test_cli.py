@@ -16,7 +16,7 @@ import yaml
 from megamup.cli import main, programs
 
 ROOT = Path(__file__).resolve().parents[1]
-SHIPPED = ("megamup", "tools", "launch", "ds_configs")
+SHIPPED = ("megamup", "tools", "launch", "configs", "ds_configs")
 
 
 @pytest.fixture

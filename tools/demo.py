@@ -35,7 +35,6 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards-only", action="store_true", help="stop once tokenizer and shards are made")
     arguments = parser.parse_args(argv)
-    os.chdir(programs()["demo"].parent.parent)  # studies name configs/ and demo/ relative to the checkout
     started = time.monotonic()
     try:
         prepare_text()

@@ -35,6 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--input",
         nargs="+",
+        action="extend",
         required=True,
         metavar="F",
         help="text files (one document each), folders of them, JSON lines; each also gzipped",
@@ -59,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--suffix",
         nargs="+",
+        action="extend",
         default=[],
         metavar="S",
         help="in folders, read only names that end in one of these",
@@ -66,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--exclude",
         nargs="+",
+        action="extend",
         default=[],
         metavar="GLOB",
         help="in folders, leave out files and folders whose name or path below the folder matches",

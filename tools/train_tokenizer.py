@@ -18,6 +18,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--input",
         nargs="+",
+        action="extend",
         required=True,
         metavar="F",
         help="text files, folders of them, JSON lines; each also gzipped",
@@ -36,6 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--suffix",
         nargs="+",
+        action="extend",
         default=[],
         metavar="S",
         help="in folders, read only names that end in one of these",
@@ -43,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--exclude",
         nargs="+",
+        action="extend",
         default=[],
         metavar="GLOB",
         help="in folders, leave out files and folders whose name or path below the folder matches",

@@ -79,7 +79,7 @@ def test_token_beyond_the_vocabulary_names_shard_and_place(make_config: Any, tmp
     ids[15_000] = 300
     with ShardWriter(str(tmp_path / "bad"), 400) as writer:
         writer.add(ids, [len(ids)])
-        writer.finish(eod_id=0, tokenizer="t", tokenizer_sha256="0" * 64, text_bytes=1, sources=["t"])
+        writer.finish(eod_id=0, tokenizer="t", tokenizer_sha256="0" * 64, text_bytes=1, sources=[])
         publish([writer])
     (tmp_path / "bad.json").unlink()
     config = make_config(f"data.train={tmp_path / 'bad'}", "train.steps=40")

@@ -48,6 +48,8 @@ class Study(Section):
     """Folder of the trials, below ``run.dir``."""
     configs: tuple[str, ...]
     """Run configs, merged left to right; paths as the command sees them."""
+    overrides: dict[str, Scalar] = {}
+    """Config keys that all trials share (the base width, say); they are no finding, so best.yaml leaves them out."""
     grid: dict[str, tuple[Any, ...]] = Field(min_length=1)
     """Axis -> values. An axis is a config key, or any name whose values are ``{key: value, ...}`` set together."""
     metric: str = "valid_loss"
@@ -113,7 +115,7 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> tuple[Study, dict[s
     merged: dict[str, Any] = {}
     for file in study.configs:
         merge(merged, read_yaml(Path(file)))
-    for override in overrides:
+    for override in [*(f"{key}={json.dumps(value)}" for key, value in study.overrides.items()), *overrides]:
         merge(merged, parse_override(override))
     return study, merged
 

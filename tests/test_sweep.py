@@ -203,3 +203,10 @@ def test_another_failure_ends_the_study(bench: Bench, monkeypatch: pytest.Monkey
     with pytest.raises(MegamupError, match=r"(?s)trial lr=0\.1: no memory\nsee .*log\.txt"):
         bench.run({"optim.lr": [0.1, 0.2]}, jobs=1)
     assert bench.started == ["lr=0.1"]
+
+
+def test_overrides_hold_in_every_trial_and_stay_out_of_the_finding(bench: Bench) -> None:
+    """A search at the base width must not make the target as small as the base when its best.yaml is merged."""
+    study, planned = bench.run({"optim.lr": [0.01, 0.02]}, overrides={"model.d_model": 16, "model.n_heads": 1})
+    assert {trial.config.model.d_model for trial in planned} == {16}
+    assert yaml.safe_load(write_results(study, planned).read_text(encoding="utf-8")) == {"optim": {"lr": 0.02}}

@@ -48,7 +48,7 @@ class Study(Section):
     """Folder of the trials, below ``run.dir``."""
     configs: tuple[str, ...]
     """Run configs, merged left to right; paths as the command sees them."""
-    overrides: dict[str, Scalar] = {}
+    overrides: dict[str, Scalar] = Field(default={})
     """Config keys that all trials share (the base width, say); they are no finding, so best.yaml leaves them out."""
     grid: dict[str, tuple[Any, ...]] = Field(min_length=1)
     """Axis -> values. An axis is a config key, or any name whose values are ``{key: value, ...}`` set together."""
@@ -128,7 +128,7 @@ def trials(study: Study, base: dict[str, Any]) -> list[Trial]:
     """
     found = []
     for point in itertools.product(*study.grid.values()):
-        overrides: dict[str, Scalar] = {}
+        overrides: dict[str, Scalar] = Field(default={})
         names = []
         for axis, value in zip(study.grid, point, strict=True):
             setting = value if isinstance(value, dict) else {axis: value}
@@ -198,9 +198,9 @@ def run_study(study: Study, planned: Sequence[Trial]) -> None:
 
 
 def parallel_jobs(ranks: int) -> int:
-    import torch
+    from megamup.train import distributed
 
-    return 1 if torch.cuda.is_available() else max(1, (os.cpu_count() or 1) // ranks)
+    return 1 if distributed.has_cuda() else max(1, (os.cpu_count() or 1) // ranks)
 
 
 def progress(trial: Trial) -> int:

@@ -5,6 +5,8 @@ import warnings
 
 import torch
 
+# Counting devices through NVML leaves CUDA uninitialised, so that ranks can still be forked.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 # Both are settled when DeepSpeed is first imported: its accelerator, and a warning that torch 2.13 raises on every
 # step because DeepSpeed 0.19.8 calls collectives by names that are being renamed.
 if not torch.cuda.is_available():

@@ -30,6 +30,10 @@ def local_world_size() -> int:
     return int(next((os.environ[name] for name in names if os.environ.get(name, "").isdigit()), 1))
 
 
+def has_cuda() -> bool:
+    return torch.cuda.is_available()
+
+
 def join() -> torch.device:
     """Join the world and return this rank's device: its CUDA device (NCCL), or the CPU (gloo)."""
     os.environ.setdefault("RANK", str(rank()))
@@ -41,7 +45,7 @@ def join() -> torch.device:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 os.environ["MASTER_PORT"] = str(free.getsockname()[1])
-    cuda = torch.cuda.is_available()
+    cuda = has_cuda()
     if cuda:
         torch.cuda.set_device(local_rank())
     elif "OMP_NUM_THREADS" not in os.environ:  # else every rank takes all cores, and they wait for each other

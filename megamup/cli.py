@@ -4,11 +4,33 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
+from megamup.errors import MegamupError
 from megamup.shipped import ROOTS
+
+
+def report_errors(action: Callable[[], None], interrupted: str = "interrupted") -> int:
+    """Run a program's body; what the user should know of its end goes to stderr as one message.
+
+    Returns:
+        The exit code: 0; 2 after an error in what the user gave; 130 after Ctrl-C, which prints ``interrupted``.
+    """
+    try:
+        action()
+    except MegamupError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader (head, say) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 def programs() -> dict[str, Path]:

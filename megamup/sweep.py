@@ -128,7 +128,7 @@ def trials(study: Study, base: dict[str, Any]) -> list[Trial]:
     """
     found = []
     for point in itertools.product(*study.grid.values()):
-        overrides: dict[str, Scalar] = Field(default={})
+        overrides: dict[str, Scalar] = {}
         names = []
         for axis, value in zip(study.grid, point, strict=True):
             setting = value if isinstance(value, dict) else {axis: value}

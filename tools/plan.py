@@ -7,8 +7,8 @@ import argparse
 import json
 import sys
 
+from megamup.cli import report_errors
 from megamup.config import load_config, micro_batches, split_arguments
-from megamup.errors import MegamupError
 from megamup.plan import plan, plan_lines
 
 
@@ -18,18 +18,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--ranks", type=int, help="ranks to plan for (default: one replica)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args(argv)
-    try:
-        config = load_config(*split_arguments(arguments.config))
-        ranks = arguments.ranks or config.parallel.tensor * config.parallel.pipeline
-        micro_batches(config, ranks)
-        if arguments.json:
-            print(json.dumps(plan(config, ranks)))
-        else:
-            print("\n".join(plan_lines(config, ranks)))
-    except MegamupError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return report_errors(lambda: show(arguments))
+
+
+def show(arguments: argparse.Namespace) -> None:
+    config = load_config(*split_arguments(arguments.config))
+    ranks = arguments.ranks or config.parallel.tensor * config.parallel.pipeline
+    micro_batches(config, ranks)
+    if arguments.json:
+        print(json.dumps(plan(config, ranks)))
+    else:
+        print("\n".join(plan_lines(config, ranks)), flush=True)
 
 
 if __name__ == "__main__":

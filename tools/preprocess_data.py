@@ -10,10 +10,10 @@ import os
 import sys
 import time
 
+from megamup.cli import report_errors
 from megamup.data.preprocess import Encoder, Report, preprocess
-from megamup.data.readers import Found, describe_skipped, find_files
+from megamup.data.readers import Found, add_input_arguments, describe_skipped, find_files
 from megamup.data.tokenizer import load_tokenizer
-from megamup.errors import MegamupError
 
 
 def fraction(text: str) -> float:
@@ -32,17 +32,9 @@ def positive(text: str) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--input",
-        nargs="+",
-        action="extend",
-        required=True,
-        metavar="F",
-        help="text files (one document each), folders of them, JSON lines; each also gzipped",
-    )
+    add_input_arguments(parser)
     parser.add_argument("--output-prefix", required=True, metavar="P", help="shard to write")
     parser.add_argument("--tokenizer", required=True, metavar="SPEC", help="a SentencePiece .model file, or `bytes`")
-    parser.add_argument("--text-key", default="text", help="key of the text in JSON lines (default: text)")
     parser.add_argument(
         "--workers",
         type=positive,
@@ -57,22 +49,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="write P_train and P_valid, this share of the documents in P_valid",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the choice of documents for P_valid (default: 0)")
-    parser.add_argument(
-        "--suffix",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="S",
-        help="in folders, read only names that end in one of these",
-    )
-    parser.add_argument(
-        "--exclude",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="GLOB",
-        help="in folders, leave out files and folders whose name or path below the folder matches",
-    )
     parser.add_argument(
         "--on-error",
         choices=["stop", "skip"],
@@ -103,21 +79,17 @@ def print_report(report: Report, found: Found, seconds: float) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    arguments = build_parser().parse_args(argv)
+    return report_errors(lambda: run(arguments), "interrupted: nothing was written")
+
+
+def run(arguments: argparse.Namespace) -> None:
     start = time.monotonic()
-    try:
-        tokenizer = load_tokenizer(args.tokenizer)
-        found = find_files(args.input, args.suffix, args.exclude)
-        encoder = Encoder(tokenizer, args.text_key, args.valid_fraction, args.seed, args.on_error)
-        report = preprocess(found, encoder, args.output_prefix, args.workers)
-    except MegamupError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
+    tokenizer = load_tokenizer(arguments.tokenizer)
+    found = find_files(arguments.input, arguments.suffix, arguments.exclude)
+    encoder = Encoder(tokenizer, arguments.text_key, arguments.valid_fraction, arguments.seed, arguments.on_error)
+    report = preprocess(found, encoder, arguments.output_prefix, arguments.workers)
     print_report(report, found, time.monotonic() - start)
-    return 0
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megamup.errors import MegamupError
+from megamup.cli import report_errors
 from megamup.sweep import load_study, run_study, table_lines, trials, write_results
 
 
@@ -20,21 +20,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("study", type=Path, help="study file (YAML)")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="config keys for every trial")
     arguments = parser.parse_args(argv)
-    try:
-        study, base = load_study(arguments.study, arguments.overrides)
-        planned = trials(study, base)
-        run_study(study, planned)
-        best = write_results(study, planned)
-        for line in table_lines(study, planned):
-            print(line)
-        print(f"best.yaml: {best}")
-    except MegamupError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on with the trials that are not finished", file=sys.stderr)
-        return 130
-    return 0
+    again = "interrupted; the same command goes on with the trials that are not finished"
+    return report_errors(lambda: search(arguments.study, arguments.overrides), again)
+
+
+def search(path: Path, overrides: list[str]) -> None:
+    study, base = load_study(path, overrides)
+    planned = trials(study, base)
+    run_study(study, planned)
+    best = write_results(study, planned)
+    for line in table_lines(study, planned):
+        print(line)
+    print(f"best.yaml: {best}")
 
 
 if __name__ == "__main__":

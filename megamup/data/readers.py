@@ -6,6 +6,7 @@ record into text and may run in any worker, because a record knows where it came
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import fnmatch
 import gzip
@@ -55,6 +56,35 @@ class Found:
     """An entry an input: its path, its files and their bytes, for the manifest."""
     skipped: Counter[str] = field(default_factory=Counter)
     """Files and folders left out of input folders, counted by reason."""
+
+
+def add_input_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of every program that reads text: --input, --text-key, --suffix, --exclude."""
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="F",
+        help="text files (one document each), folders of them, JSON lines; each also gzipped",
+    )
+    parser.add_argument("--text-key", default="text", help="key of the text in JSON lines (default: text)")
+    parser.add_argument(
+        "--suffix",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="S",
+        help="in folders, read only names that end in one of these",
+    )
+    parser.add_argument(
+        "--exclude",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="GLOB",
+        help="in folders, leave out files and folders whose name or path below the folder matches",
+    )
 
 
 def find_files(inputs: Sequence[str], suffixes: Sequence[str] = (), exclude: Sequence[str] = ()) -> Found:

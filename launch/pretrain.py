@@ -26,12 +26,15 @@ def main(argv: list[str] | None = None) -> int:
         from megamup.train.loop import train  # torch and DeepSpeed, after the config is known to be right
 
         train(config)
-    except MegamupError as error:
-        # Every rank finds the same fault in config, data and folder; later ones may be one rank's own.
-        rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
-        if rank == "0" or isinstance(error, OneRankError):
+    except (MegamupError, OSError) as error:
+        # Every rank finds the same fault in config, data and folder: one a host tells it. Later ones may be one rank's.
+        first = (os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0") == "0"
+        if first or isinstance(error, OneRankError | OSError):
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint (train.save_every)", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -26,11 +26,11 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class Run(Section):
-    name: str = "run"
+    name: Annotated[str, Field(min_length=1, coerce_numbers_to_str=True)] = "run"
     """Name of the run's folder below ``dir``."""
     dir: str = "runs"
     """Folder that holds run folders."""
@@ -102,9 +102,12 @@ class Base(Section):
     """Default: the model's, scaled as ``d_model`` is."""
     n_heads: Positive | None = None
     n_kv_heads: Positive | None = None
+    """Says how large the proxy was (tools/plan.py); no ratio of the table depends on it."""
     d_head: Positive | None = None
-    """Default: base ``d_model / n_heads`` where ``n_heads`` is given, else the model's (more heads, same size)."""
+    """Default: ``d_model / n_heads`` where the base gives ``n_heads`` and the model's heads fill d_model too, else the
+    model's (more heads of the same size)."""
     n_layers: Positive | None = None
+    """Says how large the proxy was (tools/plan.py); the table's L is the model's own depth."""
     batch_tokens: Positive | None = None
     """Tokens in a global batch of the proxy (the table's b)."""
     tokens: Positive | None = None
@@ -181,11 +184,14 @@ class Source(Section):
     weight: PositiveFloat = 1.0
 
 
+Sources = str | Annotated[tuple[Source, ...], Field(min_length=1)]
+
+
 class Data(Section):
-    train: str | tuple[Source, ...]
+    train: Sources
     """Shard prefix (``.bin`` and ``.idx``), or a list of ``{prefix, weight}``."""
-    valid: str | tuple[Source, ...] | None = None
-    """The same, held out; needed when ``train.eval_every`` or ``train.eval_at_end`` asks for it."""
+    valid: Sources | None = None
+    """The same, held out, for evaluation; every token counts once, so weights have no say."""
     seq_len: Positive | None = None
     """Default ``model.max_seq_len``."""
 
@@ -225,7 +231,7 @@ class Train(Section):
     eval_every: NonNegative = 0
     """Steps between evaluations; 0: never in between. With ``data.valid`` set, the last step is always evaluated."""
     eval_sequences: Positive | None = None
-    """Sequences of an evaluation, from the start of ``data.valid``; default all."""
+    """Sequences of an evaluation, from the start of ``data.valid``, rounded up to whole batches; default all."""
     save_every: NonNegative = 0
     """Steps between checkpoints; 0: none. Otherwise the last step is saved too."""
     flops_convention: Literal["6N", "palm", "chinchilla"] = "palm"
@@ -313,11 +319,12 @@ def micro_batches(config: Config, world_size: int) -> tuple[int, int]:
             f"the next that is: {-(-total // data_size) * data_size}"
         )
     share = total // data_size
-    micro = config.batch.micro_sequences or max(1, share // pipeline)
+    whole = [size for size in range(1, share + 1) if share % size == 0]
+    micro = config.batch.micro_sequences or max(size for size in whole if size <= max(1, share // pipeline))
     if share % micro:
         raise MegamupError(
             f"batch.micro_sequences={micro} does not divide a rank's share of the batch, {total} / {data_size} = "
-            f"{share} sequences; use one of {[n for n in range(1, share + 1) if share % n == 0]}"
+            f"{share} sequences; use one of {whole}"
         )
     return micro, share // micro
 
@@ -397,7 +404,11 @@ def dump_config(config: Config) -> str:
 
 def describe(problem: Any) -> str:
     """One line for one of pydantic's errors: key, value, what was expected, nearest valid name."""
-    location = [str(part) for part in problem["loc"] if not str(part).startswith(("tuple[", "str"))]
+    unions = ("str", "int", "float", "bool", "none")  # pydantic names the member of a union that it tried
+    *inner, last = [str(part) for part in problem["loc"]] or [""]
+    inner = [part for part in inner if part not in unions and not part.startswith("tuple[")]
+    named = problem["type"] == "extra_forbidden" or (last not in unions and not last.startswith("tuple["))
+    location = [part for part in (*inner, *([last] if named else [])) if part]
     key = ".".join(location)
     message = str(problem["msg"]).removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from typing import Any
 
@@ -24,6 +25,15 @@ OWNED_KEYS = {
 }
 
 
+ALLOWED_KEYS = (
+    "zero_optimization",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "communication_data_type",
+    "aio",
+)
+
+
 def load_deepspeed(name: str) -> dict[str, Any]:
     """Read a DeepSpeed config: a path, or one of the shipped ds_configs/.
 
@@ -36,13 +46,20 @@ def load_deepspeed(name: str) -> dict[str, Any]:
         raise ValueError(f"deepspeed={name}: no such file; shipped: {known}")
     try:
         keys: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
         raise ValueError(f"deepspeed={name}: not JSON: {error}") from error
     if not isinstance(keys, dict):
         raise ValueError(f"deepspeed={name}: expected a JSON object, found {type(keys).__name__}")
     for key, owner in OWNED_KEYS.items():
         if key in keys:
             raise ValueError(f"deepspeed={name} sets {key}, which {owner} of the run config sets; remove it there")
+    for key in keys:
+        if key not in ALLOWED_KEYS:
+            near = difflib.get_close_matches(key, ALLOWED_KEYS, n=1)
+            raise ValueError(
+                f"deepspeed={name}: {key} is no key of ZeRO"
+                + (f"; did you mean {near[0]}?" if near else f"; expected {', '.join(ALLOWED_KEYS)}")
+            )
     try:
         zero_stage(keys)
     except ValueError as error:

@@ -15,12 +15,13 @@ from megamup.parameters import count
 Convention = Literal["6N", "palm", "chinchilla"]
 
 # Dense bf16 peaks in FLOP/s from the vendors' data sheets, without sparsity, by a part of the device's name that
-# distinguishes it; longer parts first. fp32 without tensor cores is not listed: it is measured.
+# distinguishes it; the first that fits counts. fp32 without tensor cores is not listed: it is measured.
 BF16_PEAKS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
     "A100": 312e12,
     "H100": 989e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
     "B200": 2250e12,
     "L40S": 362e12,
@@ -58,7 +59,7 @@ def flops_per_token(model: Model, seq_len: int, convention: Convention) -> float
 
 def known_peak(device_name: str, precision: str) -> float | None:
     """Peak FLOP/s of one device, or None where no data sheet figure is known for it."""
-    if precision != "bf16":
+    if precision != "bf16" or "MIG" in device_name:  # a slice of a card has a slice of its peak
         return None
     return next((peak for name, peak in BF16_PEAKS.items() if re.search(rf"\b{name}\b", device_name)), None)
 

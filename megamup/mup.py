@@ -57,7 +57,13 @@ def ratios(config: Config) -> Ratios:
     if config.mup.parametrization == "sp":
         return Ratios({"d_model": 1.0, "d_heads": 1.0, "d_ff": 1.0}, 1.0, 1.0, model.d_head)
     d_model = base.d_model or model.d_model
-    d_head = base.d_head or (d_model // base.n_heads if base.n_heads else model.d_head)
+    d_head = base.d_head or model.d_head
+    if base.d_head is None and base.n_heads and model.n_heads * model.d_head == model.d_model:
+        d_head, rest = divmod(d_model, base.n_heads)
+        if rest:
+            raise MegamupError(
+                f"mup.base: d_model={d_model} is not divisible by n_heads={base.n_heads}; set mup.base.d_head"
+            )
     d_heads = d_head * base.n_heads if base.n_heads else model.n_heads * model.d_head * d_model / model.d_model
     width: dict[Axis, float] = {
         "d_model": model.d_model / d_model,

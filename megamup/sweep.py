@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import yaml
 from pydantic import ConfigDict, Field, ValidationError
@@ -39,6 +39,7 @@ from megamup.errors import MegamupError
 from megamup.files import write_json_atomic, write_text_atomic
 
 Scalar = str | int | float | bool | None
+GridValue = Annotated[dict[str, Any], Field(min_length=1)] | Scalar | list[Any]
 
 
 class Study(Section):
@@ -48,9 +49,9 @@ class Study(Section):
     """Folder of the trials, below ``run.dir``."""
     configs: tuple[str, ...]
     """Run configs, merged left to right; paths as the command sees them."""
-    overrides: dict[str, Scalar] = Field(default={})
+    overrides: dict[str, Any] = Field(default={})
     """Config keys that all trials share (the base width, say); they are no finding, so best.yaml leaves them out."""
-    grid: dict[str, tuple[Any, ...]] = Field(min_length=1)
+    grid: dict[str, Annotated[tuple[GridValue, ...], Field(min_length=1)]] = Field(min_length=1)
     """Axis -> values. An axis is a config key, or any name whose values are ``{key: value, ...}`` set together."""
     metric: str = "valid_loss"
     """Key of metrics.jsonl whose last value is minimised."""
@@ -65,7 +66,7 @@ class Study(Section):
 @dataclass(frozen=True)
 class Trial:
     name: str
-    overrides: dict[str, Scalar]
+    overrides: dict[str, Any]
     config: Config
 
     @property
@@ -77,7 +78,7 @@ class Trial:
         path = self.folder / "metrics.jsonl"
         if not path.is_file():
             return []
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         return [json.loads(line) for line in lines if line.endswith("}")]
 
     def finished(self) -> bool:
@@ -128,10 +129,10 @@ def trials(study: Study, base: dict[str, Any]) -> list[Trial]:
     """
     found = []
     for point in itertools.product(*study.grid.values()):
-        overrides: dict[str, Scalar] = {}
+        overrides: dict[str, Any] = {}
         names = []
         for axis, value in zip(study.grid, point, strict=True):
-            setting = value if isinstance(value, dict) else {axis: value}
+            setting: dict[str, Any] = value if isinstance(value, dict) else {axis: value}
             overrides |= setting
             names.append(label(setting, study.grid[axis]))
         values: dict[str, Any] = {}
@@ -148,7 +149,7 @@ def trials(study: Study, base: dict[str, Any]) -> list[Trial]:
     return found
 
 
-def label(setting: dict[str, Scalar], alternatives: Sequence[Any]) -> str:
+def label(setting: dict[str, Any], alternatives: Sequence[Any]) -> str:
     """What a folder's name says of one value of an axis: its first key, or all where the first doesn't tell."""
     first = next(iter(setting))
     others = [value[first] for value in alternatives if isinstance(value, dict) and first in value]

@@ -216,3 +216,22 @@ def test_a_deepspeed_key_that_the_config_owns_names_both(tmp_path: Path, key: st
 def test_shipped_files_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int) -> None:
     monkeypatch.chdir(tmp_path)
     assert build(f"deepspeed=ds_configs/zero{stage}.json").zero_stage == stage
+
+
+def test_names_of_pydantics_unions_are_not_mistaken_for_keys() -> None:
+    """A key that begins like a member of a union is still named whole."""
+    assert message("strategy=1") == "strategy: unknown key"
+    assert message("optim.strength=1").startswith("optim.strength: unknown key")
+    assert message("data.train=[]").startswith("data.train")
+
+
+def test_a_micro_batch_left_out_always_divides() -> None:
+    config = build("batch.global_sequences=5", "batch.micro_sequences=null", "parallel.pipeline=2")
+    assert micro_batches(config, 2) == (1, 5)
+
+
+@pytest.mark.parametrize("text", ['{"zero_optimisation": {"stage": 3}}', '{"prescale_gradients": true}'])
+def test_a_deepspeed_key_beyond_zero_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(text, encoding="utf-8")
+    assert "is no key of ZeRO" in message(f"deepspeed={path}")

@@ -89,7 +89,12 @@ def test_gpt_positions_are_an_embedding() -> None:
 def test_attention_scale() -> None:
     assert attention_scale(build()) == pytest.approx(1.5 * sqrt(16) / 32)
     assert attention_scale(build("mup.parametrization=sp")) == pytest.approx(1.5 / sqrt(32))
-    assert attention_scale(build("mup.base.d_head=null")) == pytest.approx(1.5 * sqrt(32 / 2) / 32)
+    # 6 heads of 32 don't fill 128: d_head is a choice of its own, and one left out of the base is the model's.
+    assert attention_scale(build("mup.base.d_head=null")) == pytest.approx(1.5 / sqrt(32))
+    filled = build("mup.base.d_head=null", "model.n_heads=4", "mup.base.n_heads=4")  # 32 / 4 against 128 / 4
+    assert attention_scale(filled) == pytest.approx(1.5 * sqrt(8) / 32)
+    with pytest.raises(MegamupError, match=r"d_model=32 is not divisible by n_heads=3; set mup\.base\.d_head"):
+        table(build("mup.base.d_head=null", "model.n_heads=4", "mup.base.n_heads=3"))
     more_heads = build("mup.base.d_head=null", "mup.base.n_heads=null")  # wider by more heads of the same size
     assert attention_scale(more_heads) == pytest.approx(1.5 / sqrt(32))
 

@@ -9,6 +9,7 @@ import sys
 
 from megamup.cli import report_errors
 from megamup.config import load_config, micro_batches, split_arguments
+from megamup.errors import MegamupError
 from megamup.plan import plan, plan_lines
 
 
@@ -23,6 +24,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def show(arguments: argparse.Namespace) -> None:
     config = load_config(*split_arguments(arguments.config))
+    if arguments.ranks is not None and arguments.ranks < 1:
+        raise MegamupError(f"--ranks {arguments.ranks}: expected at least 1")
     ranks = arguments.ranks or config.parallel.tensor * config.parallel.pipeline
     micro_batches(config, ranks)
     if arguments.json:

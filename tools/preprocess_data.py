@@ -14,6 +14,7 @@ from megamup.cli import report_errors
 from megamup.data.preprocess import Encoder, Report, preprocess
 from megamup.data.readers import Found, add_input_arguments, describe_skipped, find_files
 from megamup.data.tokenizer import load_tokenizer
+from megamup.errors import MegamupError
 
 
 def fraction(text: str) -> float:
@@ -85,6 +86,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> None:
     start = time.monotonic()
+    if not os.path.basename(arguments.output_prefix):
+        raise MegamupError(f"--output-prefix {arguments.output_prefix}: a folder; add a name, such as data")
     tokenizer = load_tokenizer(arguments.tokenizer)
     found = find_files(arguments.input, arguments.suffix, arguments.exclude)
     encoder = Encoder(tokenizer, arguments.text_key, arguments.valid_fraction, arguments.seed, arguments.on_error)

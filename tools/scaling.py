@@ -119,6 +119,8 @@ def _pairs(text: str, option: str, example: str) -> dict[str, str]:
         key, equals, value = part.partition("=")
         if not (key.strip() and equals and value.strip()):
             raise MegamupError(f"{option}: {part!r} is no KEY=VALUE; expected such as {example}")
+        if key.strip() in pairs:
+            raise MegamupError(f"{option}: {key.strip()} is given twice, {pairs[key.strip()]} and {value.strip()}")
         pairs[key.strip()] = value.strip()
     return pairs
 

@@ -28,14 +28,6 @@ class Mesh:
     model: Axis
     """The ranks that hold one replica: pipeline x tensor."""
 
-    @property
-    def is_first_stage(self) -> bool:
-        return self.pipeline.rank == 0
-
-    @property
-    def is_last_stage(self) -> bool:
-        return self.pipeline.rank == self.pipeline.size - 1
-
 
 ALONE = Axis(0, 1, None)
 SINGLE = Mesh(ALONE, ALONE, ALONE, ALONE)

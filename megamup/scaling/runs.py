@@ -2,6 +2,7 @@
 
 import csv
 import difflib
+import io
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -196,7 +197,11 @@ def load_csv(path: Path, columns: dict[str, str], *, exclude: Sequence[str] = ()
             raise MegamupError(f"--columns: {key!r} is unknown; expected {', '.join(allowed)} as KEY=COLUMN")
     if "L" not in columns or not any(key in columns for key in INPUTS):
         raise MegamupError(f"--columns: {columns} is not enough; expected L=COLUMN and N=COLUMN or C=COLUMN")
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise MegamupError(f"--data: {path} is not UTF-8: byte {error.start}; expected a CSV file") from None
+    with io.StringIO(text, newline="") as file:
         reader = csv.DictReader(file)
         present = list(reader.fieldnames or [])
         for key, column in columns.items():

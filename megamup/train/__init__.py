@@ -12,3 +12,5 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 warnings.filterwarnings("ignore", category=FutureWarning, message="`torch.distributed")
+# DeepSpeed broadcasts tied weights as leaves that require a gradient; nothing is differentiated through it.
+warnings.filterwarnings("ignore", category=UserWarning, message="c10d::broadcast_")

@@ -52,12 +52,12 @@ def save(engine: Engine, folder: Path, step: int, config: Config) -> Path:
     """
     final, beside = folder / f"step-{step:08d}", folder / f".step-{step:08d}.partial"
     first = dist.get_rank() == 0
-    if first:
-        for leftover in folder.glob(".step-*.partial"):  # of a run that was killed while saving
-            shutil.rmtree(leftover)
-        beside.mkdir(parents=True)
-    dist.barrier()
     try:
+        if first:
+            for leftover in folder.glob(".step-*.partial"):  # of a run that was killed while saving
+                shutil.rmtree(leftover)
+            beside.mkdir(parents=True)
+        dist.barrier()
         engine.deepspeed.save_checkpoint(str(beside), tag=TAG, client_state={"step": step}, save_latest=False)
         if first:
             publish(beside, final, step, layout(config, dist.get_world_size()))
@@ -98,11 +98,12 @@ def check(path: Path, config: Config, world_size: int) -> None:
     """
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        files, saved_layout = dict(manifest["files"]), dict(manifest["layout"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise MegamupError(
             f"{path}: no readable manifest.json ({error}); remove this folder to resume earlier"
         ) from None
-    for name, size in manifest["files"].items():
+    for name, size in files.items():
         found = (path / name).stat().st_size if (path / name).is_file() else None
         if found != size:
             raise MegamupError(
@@ -110,9 +111,9 @@ def check(path: Path, config: Config, world_size: int) -> None:
                 "remove this checkpoint's folder to resume from an earlier one"
             )
     wanted = layout(config, world_size)
-    different = {key for key in wanted if manifest["layout"].get(key) != wanted[key]}
+    different = {key for key in wanted if saved_layout.get(key) != wanted[key]}
     if different:
-        saved = ", ".join(f"{key}={manifest['layout'].get(key)}" for key in sorted(different))
+        saved = ", ".join(f"{key}={saved_layout.get(key)}" for key in sorted(different))
         now = ", ".join(f"{key}={wanted[key]}" for key in sorted(different))
         raise MegamupError(f"{path} was written with {saved}, this run has {now}; resume with the saved layout")
 

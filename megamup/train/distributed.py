@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 
 import deepspeed
@@ -11,17 +12,44 @@ import torch
 import torch.distributed as dist
 
 
+def launched(name: str, slurm_name: str, default: int) -> int:
+    """An integer that deepspeed and torchrun export as ``name``, and srun as ``slurm_name``.
+
+    Slurm's names count inside a step only: a plain process of an allocation of four tasks is one rank.
+    """
+    if name in os.environ:
+        return int(os.environ[name])
+    in_step = "SLURM_STEP_ID" in os.environ and "WORLD_SIZE" not in os.environ
+    return int(os.environ[slurm_name]) if in_step and slurm_name in os.environ else default
+
+
 def world_size() -> int:
     """Ranks that the launcher started; 1 where there is none. Known before any process group exists."""
-    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+    return launched("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", 1)
 
 
 def rank() -> int:
-    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+    return launched("RANK", "SLURM_PROCID", 0)
 
 
 def local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
+    return launched("LOCAL_RANK", "SLURM_LOCALID", 0)
+
+
+def set_meeting_place() -> None:
+    """MASTER_ADDR and MASTER_PORT, where the launcher has not set them: srun's own, or this host for one rank."""
+    if "MASTER_ADDR" not in os.environ and world_size() > 1:
+        nodes = os.environ.get("SLURM_STEP_NODELIST", "localhost")
+        # The first of `a[03-07,9],b`: rank 0 runs there.
+        first = re.sub(r"\[(\w+)[^]]*\].*", r"\1", nodes).split(",")[0]
+        os.environ["MASTER_ADDR"] = first
+        job = int(os.environ.get("SLURM_JOB_ID", 0)) + int(os.environ.get("SLURM_STEP_ID", 0))
+        os.environ.setdefault("MASTER_PORT", str(20_000 + job % 20_000))
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(free.getsockname()[1])
 
 
 def local_world_size() -> int:
@@ -36,15 +64,9 @@ def has_cuda() -> bool:
 
 def join() -> torch.device:
     """Join the world and return this rank's device: its CUDA device (NCCL), or the CPU (gloo)."""
-    os.environ.setdefault("RANK", str(rank()))
-    os.environ.setdefault("WORLD_SIZE", str(world_size()))
-    os.environ.setdefault("LOCAL_RANK", str(local_rank()))
-    if world_size() == 1:
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        if "MASTER_PORT" not in os.environ:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                os.environ["MASTER_PORT"] = str(free.getsockname()[1])
+    set_meeting_place()
+    found = {"RANK": rank(), "LOCAL_RANK": local_rank(), "WORLD_SIZE": world_size()}  # the last hides Slurm's names
+    os.environ.update({name: str(value) for name, value in found.items()})
     cuda = has_cuda()
     if cuda:
         torch.cuda.set_device(local_rank())

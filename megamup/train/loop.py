@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megamup.config import Config, micro_batches
 from megamup.data.loader import BatchStream, TensorBatch, open_sources
 from megamup.errors import MegamupError, OneRankError
+from megamup.mup import table
 from megamup.parallel.mesh import Mesh, build_mesh
 from megamup.train import checkpoint, distributed, run_folder
 from megamup.train.engine import Engine, build_engine, weigh
@@ -47,6 +48,7 @@ def train(config: Config) -> dict[str, float]:
     """
     world_size = distributed.world_size()
     micro_batches(config, world_size)
+    table(config)
     open_data(config, 0, world_size)
     resumed = run_folder.resume_point(config, world_size)
     if resumed is not None and resumed[0] >= config.train.steps:
@@ -73,12 +75,16 @@ def train_step(run: Training, step: int) -> dict[str, float]:
     if not (due.log or due.evaluation or due.save):
         return {}
     values = {"loss": result.loss, "lr": lr, "grad_norm": result.grad_norm}
-    with run.recorder.pause():
-        if due.evaluation:
+    if due.evaluation:
+        with run.recorder.pause():
             values["valid_loss"] = finite(evaluate(run), step + 1, config)
-        if due.save:
+    record = run.recorder.step(step + 1, **values)
+    if (
+        due.save
+    ):  # after the record: a resumption cuts the metrics back to its checkpoint, and can't add what is missing
+        with run.recorder.pause():
             checkpoint.save(run.engine, config.run.folder / "checkpoints", step + 1, config)
-    return run.recorder.step(step + 1, **values)
+    return record
 
 
 def finite(loss: float, step: int, config: Config) -> float:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import resource
+import shutil
 import sys
 import time
-from pathlib import Path
 from typing import Any, TextIO
 
 import torch
@@ -15,7 +15,9 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from megamup.config import Config
+from megamup.errors import OneRankError
 from megamup.flops import flops_per_token, known_peak, mfu_percent
+from megamup.train.copies import Copies
 
 
 def peak_flops(config: Config, device: torch.device) -> dict[str, Any]:
@@ -65,9 +67,10 @@ class Recorder:
         if not writes:
             return
         self.file: TextIO = open(config.run.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
-        self.copies = [copy for copy in (open_wandb(config), open_tensorboard(config)) if copy is not None]
-        steps = config.train.steps
-        self.bar = tqdm(total=steps, initial=start_step, unit="step", disable=not sys.stderr.isatty())
+        self.copies = Copies(config)
+        wide = sys.stderr.isatty() and shutil.get_terminal_size((0, 0)).columns >= 60  # else plain lines
+        shape = "{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+        self.bar = tqdm(total=config.train.steps, initial=start_step, disable=not wide, bar_format=shape)
         self.started, self.first_step = self.last_time, start_step
 
     def pause(self) -> Pause:
@@ -92,20 +95,25 @@ class Recorder:
         return record
 
     def write(self, record: dict[str, float]) -> None:
+        """One line to the file, and copies of it. Raises OneRankError where the file can't be written."""
         if not self.writes:
             return
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
-        for copy in self.copies:
-            copy(record)
+        try:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise OneRankError(
+                f"{self.file.name}: cannot be written ({error.strerror}); free space on that disk and start the same "
+                "command again"
+            ) from error
+        self.copies(record)
         self.show(record)
 
     def show(self, record: dict[str, float]) -> None:
-        shown: dict[str, str] = {
-            key: f"{record[key]:.4g}" for key in ("loss", "valid_loss", "lr", "mfu_percent") if key in record
-        }
-        if "tokens_per_s" in record:
-            shown["tok/s"] = f"{record['tokens_per_s']:,.0f}"
+        shown = {"loss": f"{record['loss']:.4f}", "tok/s": f"{record['tokens_per_s']:,.0f}"}
+        shown["mfu"] = f"{record['mfu_percent']:.3g}%"
+        if "valid_loss" in record:
+            shown["valid"] = f"{record['valid_loss']:.4f}"
         if not self.bar.disable:
             self.bar.set_postfix(shown, refresh=False)
             self.bar.update(int(record["step"]) - self.bar.n)
@@ -118,7 +126,8 @@ class Recorder:
     def close(self) -> None:
         if self.writes:
             self.bar.close()
-            self.file.close()
+            with contextlib.suppress(OSError):  # a line that a full disk left in the buffer, reported before
+                self.file.close()
 
 
 class Pause:
@@ -132,39 +141,3 @@ class Pause:
 
     def __exit__(self, *_: object) -> None:
         self.recorder.last_time += time.perf_counter() - self.start
-
-
-def open_wandb(config: Config) -> Any:
-    """A function that copies a record to Weights & Biases, or None. A wandb that fails never stops training."""
-    if not config.log.wandb:
-        return None
-    try:
-        import wandb
-
-        keyed = bool(os.environ.get("WANDB_API_KEY")) or (Path.home() / ".netrc").is_file()
-        run = wandb.init(
-            project="megamup",
-            name=config.run.name,
-            dir=config.run.folder,
-            config=config.model_dump(mode="json"),
-            mode=None if keyed else "offline",
-        )
-        return lambda record: run.log(record, step=int(record["step"]))
-    except Exception as error:  # an optional copy
-        print(f"wandb: not logging there ({type(error).__name__}: {error}); metrics.jsonl is written", file=sys.stderr)
-        return None
-
-
-def open_tensorboard(config: Config) -> Any:
-    if not config.log.tensorboard:
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    writer = SummaryWriter(str(config.run.folder / "tensorboard"))
-
-    def copy(record: dict[str, float]) -> None:
-        for key, value in record.items():
-            writer.add_scalar(key, value, int(record["step"]))
-        writer.flush()
-
-    return copy

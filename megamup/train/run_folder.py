@@ -36,8 +36,16 @@ def resume_point(config: Config, world_size: int) -> tuple[int, Path] | None:
     """
     folder = config.run.folder
     if not (folder / "config.yaml").is_file():
+        if checkpoint.newest(folder / "checkpoints"):
+            raise MegamupError(
+                f"{folder} holds checkpoints but no config.yaml that says what they are of; "
+                "set run.name to a new name, or remove the folder"
+            )
         return None
-    before = flat(config_from(read_yaml(folder / "config.yaml")).model_dump(mode="json"))
+    try:
+        before = flat(config_from(read_yaml(folder / "config.yaml")).model_dump(mode="json"))
+    except MegamupError as error:
+        raise MegamupError(f"{folder / 'config.yaml'}: {error}") from None
     now = flat(config.model_dump(mode="json"))
     free = FREE_TO_CHANGE + (("train.steps",) if config.schedule.kind == "constant" else ())
     changed = [key for key in now if before.get(key) != now[key] and not key.startswith(free)]
@@ -60,7 +68,7 @@ def prepare(config: Config, environment: dict[str, Any], resumed_step: int) -> N
     write_json_atomic(folder / "environment.json", environment)
     metrics = folder / "metrics.jsonl"
     kept = []
-    for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []:
+    for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines() if metrics.exists() else []:
         try:
             if json.loads(line)["step"] <= resumed_step:
                 kept.append(line + "\n")
@@ -95,4 +103,4 @@ def environment(config: Config, layout: dict[str, Any], peak: dict[str, Any]) ->
 def last_record(config: Config) -> dict[str, float]:
     """The last line of metrics.jsonl."""
     lines = (config.run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return dict(json.loads(lines[-1]))
+    return dict(json.loads(lines[-1])) if lines else {}

@@ -23,11 +23,11 @@ def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[s
 
 
 def test_wrong_config_is_one_message_from_one_rank_without_torch(make_config: Any, tmp_path: Path) -> None:
-    """Every rank refuses; rank 0 says why, and none has imported torch to find out."""
+    """Every rank refuses; the first of a host says why, and none has imported torch to find out."""
     file = tmp_path / "run.yaml"
     file.write_text(dump_config(make_config()))
     command = [sys.executable, "-X", "importtime", PRETRAIN, "--local_rank=0", str(file), "optim.lrr=1"]
-    first, second = run(command, RANK="0"), run(command, RANK="1")
+    first, second = run(command, LOCAL_RANK="0"), run(command, LOCAL_RANK="1")
     assert (first.returncode, second.returncode) == (2, 2)
     told = [line for line in first.stderr.splitlines() if not line.startswith("import time:")]
     assert told == ["error: optim.lrr: unknown key; did you mean optim.lr?"]

@@ -6,10 +6,12 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from megamup.config import dump_config, load_config
 from megamup.data.shards import ShardWriter, publish
@@ -112,3 +114,47 @@ def test_broken_wandb_never_stops_training(make_config: Any, monkeypatch: Any, r
     config = make_config("train.steps=2", "log.wandb=true")
     run_ranks(train, 1, config)
     assert len(read_metrics(config)) == 2
+
+
+def test_wandb_that_fails_later_is_dropped(make_config: Any, read_metrics: Any, monkeypatch: Any) -> None:
+    class Run:
+        def log(self, record: Any, step: int) -> None:
+            raise ConnectionError("no route")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: Run()))
+    config = make_config("train.steps=3", "log.wandb=true")
+    run_ranks(train, 1, config)
+    assert len(read_metrics(config)) == 3
+
+
+def test_full_disk_under_the_metrics_is_one_error(make_config: Any) -> None:
+    with pytest.raises(OneRankError, match=r"metrics\.jsonl: cannot be written .*free space"):
+        run_ranks(train_with_small_files, 1, make_config("train.steps=50", "data.valid=null"))
+
+
+def train_with_small_files(config: Any) -> None:
+    import resource
+    import signal
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, resource.RLIM_INFINITY))
+    train(config)
+
+
+def test_clipped_gradients_have_the_norm_asked_for() -> None:
+    from megamup.parallel.mesh import SINGLE
+    from megamup.train.optim import ClipByGlobalNorm
+
+    shards = [torch.nn.Parameter(torch.zeros(5)), torch.nn.Parameter(torch.zeros(3))]
+    for shard, value in zip(shards, (3.0, 4.0), strict=True):
+        shard.model_parallel = True  # type: ignore[attr-defined]
+        shard.grad = torch.full_like(shard, value)
+    expected = math.sqrt(5 * 9 + 3 * 16)
+    optimizer = torch.optim.SGD(shards, lr=1.0)
+    loose, tight = ClipByGlobalNorm(SINGLE, 100.0), ClipByGlobalNorm(SINGLE, 0.5)
+    loose(optimizer)
+    assert loose.norm == pytest.approx(expected)
+    tight(optimizer)
+    assert tight.norm == pytest.approx(expected), "a norm below the limit changes nothing, and is reported unclipped"
+    clipped = torch.cat([shard.grad for shard in shards if shard.grad is not None])
+    assert float(clipped.norm()) == pytest.approx(0.5, rel=1e-5)

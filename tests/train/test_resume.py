@@ -15,7 +15,7 @@ import pytest
 from megamup.config import Config
 from megamup.errors import MegamupError
 from megamup.train import checkpoint
-from megamup.train.fork import Ranks, run_ranks
+from megamup.train.fork import RankError, Ranks, run_ranks
 from megamup.train.loop import train
 
 LAYOUTS = [
@@ -176,3 +176,34 @@ def test_time_between_steps_leaves_out_evaluation(make_config: Any, read_metrics
     run_ranks(train, 1, config)
     tokens = config.batch_tokens
     assert all(record["tokens_per_s"] > tokens / 0.9 for record in read_metrics(config)[1:])
+
+
+def test_kill_right_after_saving_loses_no_record(make_config: Any, read_metrics: Any) -> None:
+    """The record of a step is written before its checkpoint: with the checkpoint there, the record is."""
+    config = make_config("train.steps=4", "train.save_every=2", "train.log_every=100")
+    with pytest.raises(RankError):
+        run_ranks(train_until_saved, 1, config)
+    assert checkpoint.newest(config.run.folder / "checkpoints") is not None
+    assert [record["step"] for record in read_metrics(config)] == [1, 2]
+    run_ranks(train, 1, config)
+    assert [record["step"] for record in read_metrics(config)] == [1, 2, 4]
+
+
+def train_until_saved(config: Config) -> None:
+    save = checkpoint.save
+
+    def last_act(engine: Any, folder: Path, step: int, config: Config) -> Path:
+        save(engine, folder, step, config)
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError("unreachable")
+
+    checkpoint.save = last_act
+    train(config)
+
+
+def test_checkpoints_of_an_unknown_config_are_refused(make_config: Any) -> None:
+    config = make_config("train.steps=2", "train.save_every=2")
+    run_ranks(train, 1, config)
+    (config.run.folder / "config.yaml").unlink()
+    with pytest.raises(MegamupError, match=r"holds checkpoints but no config\.yaml"):
+        train(make_config("train.steps=2", "optim.lr=0.5"))

@@ -242,6 +242,8 @@ def start_and_signal(source: Path, prefix: Path, number: signal.Signals) -> subp
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A test run in the background has SIGINT ignored, which programs inherit.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     temporary = Path(f"{prefix}.bin.tmp")
     deadline = time.monotonic() + 30

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megamup.cli import report_errors
 from megamup.errors import MegamupError
 from megamup.files import write_text_atomic
 from megamup.scaling.fit import OBJECTIVES, fit_law
@@ -22,14 +23,11 @@ def main(argv: list[str] | None = None) -> int:
     """Run one subcommand; an error in what the user gave is one line on stderr and exit code 2."""
     arguments = _parser().parse_args(argv)
     arguments.command = shlex.join(["tools/scaling.py", *(sys.argv[1:] if argv is None else argv)])
-    try:
-        return {"fit": _fit, "predict": _predict, "report": _report}[arguments.verb](arguments)
-    except (MegamupError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    verb = {"fit": _fit, "predict": _predict, "report": _report}[arguments.verb]
+    return report_errors(lambda: verb(arguments))
 
 
-def _fit(arguments: argparse.Namespace) -> int:
+def _fit(arguments: argparse.Namespace) -> None:
     law = LAWS[arguments.law]
     ladder = _ladder(arguments)
     x = _input_of(law, ladder, arguments.x)
@@ -43,10 +41,9 @@ def _fit(arguments: argparse.Namespace) -> int:
         print(json.dumps(to_json(result, (arguments.output or Path("fit.json")).parent), ensure_ascii=False))
     else:
         _print_fit(result)
-    return 0
 
 
-def _predict(arguments: argparse.Namespace) -> int:
+def _predict(arguments: argparse.Namespace) -> None:
     result = load_result(arguments.fit)
     at = _pairs(arguments.at, "--at", "C=1e15")
     if set(at) != {result.x}:
@@ -69,14 +66,13 @@ def _predict(arguments: argparse.Namespace) -> int:
             "warnings": result.warnings,
         }
         print(json.dumps(answer, ensure_ascii=False))
-        return 0
+        return
     print(f"loss {prediction.loss[0]:.4f} at {result.x} = {x:.4g}, {beyond:.3g} times the largest fitted run")
     print(f"no interval: {reason}" if reason else f"one new run is within {low:.4f} to {high:.4f} (95%)")
     _print_warnings(result.warnings)
-    return 0
 
 
-def _report(arguments: argparse.Namespace) -> int:
+def _report(arguments: argparse.Namespace) -> None:
     result = load_result(arguments.fit)
     held = load_holdout(arguments.holdout, result.ladder) if arguments.holdout else ()
     write_text_atomic(arguments.output, make_report(result, held, arguments.command))
@@ -87,7 +83,6 @@ def _report(arguments: argparse.Namespace) -> int:
             f"error {verdict.error_percent:+.2f}%, {state} 95% interval"
         )
     print(f"wrote {arguments.output}")
-    return 0
 
 
 def _ladder(arguments: argparse.Namespace) -> Ladder:

@@ -6,6 +6,7 @@ of ranks don't pay. Fork before CUDA is initialised.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -44,7 +45,7 @@ class Ranks(Generic[T]):
         log: str | None = None,
     ) -> None:
         # The ranks meet at a store of this process: a port that nobody can take in between.
-        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.store: TCPStore | None = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.results: dict[int, T] = {}
         self.pipes: list[Connection] = []
         self.processes = []
@@ -98,6 +99,7 @@ class Ranks(Generic[T]):
             if process.is_alive():
                 process.kill()
                 process.join()
+        self.store = None  # now, not whenever the garbage collector runs: it owns a thread
 
 
 def run_ranks(function: Callable[..., T], world_size: int, *arguments: Any, threads: int = 1) -> list[T]:
@@ -116,6 +118,8 @@ def _rank(
     function: Callable[..., Any],
     arguments: Any,
 ) -> None:
+    # The parent's garbage is not collected here: a destructor could wait for a thread that the fork left behind.
+    gc.freeze()
     os.environ.update(environment)
     torch.set_num_threads(threads)
     if log is not None:

@@ -1,0 +1,67 @@
+"""Forked ranks: results, failures, and what a fork leaves behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megamup.errors import MegamupError
+from megamup.train.fork import RankError, Ranks, run_ranks
+
+
+def told() -> tuple[int, int, int]:
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), torch.get_num_threads()
+
+
+def test_results_come_in_rank_order() -> None:
+    assert run_ranks(told, 3) == [(0, 3, 1), (1, 3, 1), (2, 3, 1)]
+    assert run_ranks(told, 1, threads=2) == [(0, 1, 2)]
+
+
+def fail_on(rank: int, error: Exception) -> None:
+    if int(os.environ["RANK"]) == rank:
+        raise error
+    time.sleep(600)
+
+
+def test_a_failing_rank_ends_the_others() -> None:
+    start = time.monotonic()
+    with pytest.raises(MegamupError, match="a wrong key"):
+        run_ranks(fail_on, 2, 1, MegamupError("a wrong key"))
+    with pytest.raises(RankError, match=r"rank 0 failed:\n(.|\n)*ZeroDivisionError: by zero"):
+        run_ranks(fail_on, 2, 0, ZeroDivisionError("by zero"))
+    assert time.monotonic() - start < 30
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_rank_is_said_to_be() -> None:
+    with pytest.raises(RankError, match="rank 0 died without a word"):
+        run_ranks(die, 1)
+
+
+def collect() -> int:
+    return gc.collect()
+
+
+def test_the_parents_garbage_is_left_alone() -> None:
+    """A store owns a thread; destroyed in a fork, where that thread is not, it would wait for it for ever."""
+    gc.collect()
+    gc.disable()  # else the parent might collect it first
+    try:
+        cycle: list[object] = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)]  # type: ignore[attr-defined]
+        cycle.append(cycle)
+        del cycle
+        with Ranks(collect, 1) as ranks:
+            assert ranks.poll(30), "the rank hangs in a destructor"
+    finally:
+        gc.enable()
+    assert ranks.store is None

@@ -61,16 +61,17 @@ def collect() -> int:
 def test_the_parents_garbage_is_left_alone() -> None:
     """A store owns a thread; destroyed in a fork, where that thread is not, it waits for ever or aborts."""
     gc.collect()
-    gc.disable()  # else the parent might collect it first
+    gc.disable()  # else the parent might collect them first
     try:
-        with Ranks(meet, 2) as ranks:
-            while not ranks.poll(None):
-                pass
-            cycle: list[object] = [ranks.store]
-            cycle.append(cycle)
-        assert ranks.store is None
-        del cycle
-        with Ranks(collect, 1) as ranks:
-            assert ranks.poll(30), "the rank hangs in a destructor"
+        for _ in range(4):
+            with Ranks(meet, 2) as joined:
+                while not joined.poll(None):
+                    pass
+                cycle: list[object] = [joined.store]
+                cycle.append(cycle)
+            assert joined.store is None
+            del cycle
+            with Ranks(collect, 1) as collecting:
+                assert collecting.poll(30), "the rank hangs in a destructor"
     finally:
         gc.enable()

@@ -53,6 +53,7 @@ setup(
             "ruff>=0.6",
             "scipy-stubs",
             "tensorboard>=2.16",
+            "transformers>=4.45",
             "types-PyYAML",
             "types-tqdm",
             "wandb>=0.17",

@@ -47,7 +47,6 @@ setup(
         "ray": ["ray>=2.30"],
         "dev": [
             "megatron-core>=0.16",
-            "mup>=1.0",
             "mypy>=1.11",
             "pytest>=8",
             "ruff>=0.6",

@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from megamup.config import Model
 from megamup.parameters import count
+from megamup.sections import Model
 
 Convention = Literal["6N", "palm", "chinchilla"]
 

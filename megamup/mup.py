@@ -4,42 +4,37 @@ It turns role x logical shape into initial standard deviation, forward multiplie
 has seen a tensor: a shard's shape is wrong for row-parallel weights, under ZeRO-3 and after flattening, so the table
 is resolved to {global name: scales} from the config, before anything is built.
 
-With n = fan_in / base fan_in (of that very tensor), b = batch / base batch, d = tokens / base tokens, L layers and
-s = b^1/2 · d^α_data:
+With n = fan_in / base fan_in (of that very tensor), g = query heads to a key head over the base's, ℓ = L / base L,
+b = batch / base batch, d = tokens / base tokens, κ = b (or b/d, see ``mup.horizon``) and s = κ^½ · d^α_data:
 
-    |              | embedding   | hidden, query | residual out            | readout     | gain, bias |
-    | init std     | σ_embedding | σ_hidden·n^-½ | σ_res·n^-½·(2L)^-½      | σ_readout   | 1, 0       |
-    | multiplier   | α_embedding | α_hidden      | α_res                   | α_readout/n | 1          |
-    | AdamW lr     | η_emb·s     | η_hidden·s/n  | η_res·s/n               | η_readout·s | η_vector·s |
+    |            | embedding | query, hidden | key, value       | residual out         | readout     | gain, bias |
+    | init std   | σ_emb     | σ_hidden·n^-½ | σ_hidden·(ng)^-½ | σ_res·n^-½·(2L)^-½   | σ_readout   | 1, 0       |
+    | multiplier | α_emb     | α_hidden      | α_hidden         | α_res                | α_readout/n | 1          |
+    | AdamW lr   | η_emb·s   | η_hidden·s/n  | η_hidden·s/n     | η_res·s/n            | η_readout·s | η_vector·s |
 
-    betas 1 - b(1 - β); eps ε·b^-½; attention logits q·k·α_attention·√(base d_head)/d_head; weight decay λ.
+    betas 1 - κ(1 - β); eps ε·κ^-½, over the ratio of d_model with ``mup.scale_eps``;
+    attention logits q·k·α_attention·√(base d_head)/d_head; weight decay by ``optim.decay_mode``.
+
+Key-value heads that stay as few while the model widens (g > 1) are outputs of fixed size; the spectral condition
+(Yang, Simon & Bernstein 2023) then wants initial weights smaller by √(fan_out/fan_in), and updates as they are.
+
+Depth (``mup.depth``): a branch adds ℓ^-a of what it computes, a = ½ (Yang et al. 2023, depth-μP) or 1 (Dey et al. 2025,
+CompleteP). Inside blocks the lr is times ℓ^(a-1) and eps times ℓ^-a; L in the initial deviation is then the base's.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import sqrt
 
+from megamup import umup
 from megamup.config import Config
 from megamup.errors import MegamupError
 from megamup.parameters import Axis, Parameter, parameters
+from megamup.scales import BlockScales, Branch, Scales
 
-
-@dataclass(frozen=True)
-class Scales:
-    """What one parameter gets from the table."""
-
-    init_std: float
-    """Standard deviation of the initial normal weights; for gains and biases, see ``init_mean``."""
-    multiplier: float
-    """Factor on the output of the layer in the forward pass."""
-    lr_scale: float
-    """This parameter's learning rate is ``lr(t) * lr_scale``."""
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-    """As torch.optim.AdamW takes it."""
-    init_mean: float = 0.0
+DEPTH_EXPONENT = {"none": 0.0, "sqrt": 0.5, "completep": 1.0}
+"""The table's a."""
 
 
 @dataclass(frozen=True)
@@ -47,69 +42,109 @@ class Ratios:
     """Target over base; all 1 under ``sp``, and for what the base leaves out."""
 
     width: dict[Axis, float]
+    group: float
+    """Query heads that share a key head."""
+    depth: float
     batch: float
     tokens: float
     d_head_base: int
+    n_layers_base: int
 
 
 def ratios(config: Config) -> Ratios:
     model, base = config.model, config.mup.base
     if config.mup.parametrization == "sp":
-        return Ratios({"d_model": 1.0, "d_heads": 1.0, "d_ff": 1.0}, 1.0, 1.0, model.d_head)
+        return Ratios({"d_model": 1.0, "d_heads": 1.0, "d_ff": 1.0}, 1.0, 1.0, 1.0, 1.0, model.d_head, model.n_layers)
     d_model = base.d_model or model.d_model
-    d_head = base.d_head or model.d_head
-    if base.d_head is None and base.n_heads and model.n_heads * model.d_head == model.d_model:
-        d_head, rest = divmod(d_model, base.n_heads)
-        if rest:
-            raise MegamupError(
-                f"mup.base: d_model={d_model} is not divisible by n_heads={base.n_heads}; set mup.base.d_head"
-            )
-    d_heads = d_head * base.n_heads if base.n_heads else model.n_heads * model.d_head * d_model / model.d_model
+    d_head = base_d_head(config, d_model)
+    heads, base_heads = model.n_heads * model.d_head, None if base.n_heads is None else d_head * base.n_heads
     width: dict[Axis, float] = {
         "d_model": model.d_model / d_model,
-        "d_heads": model.n_heads * model.d_head / d_heads,
+        "d_heads": heads / base_heads if base_heads else model.d_model / d_model,
         "d_ff": model.d_ff / base.d_ff if base.d_ff else model.d_model / d_model,
     }
+    group = 1.0
+    if base.n_kv_heads:
+        group = (model.n_heads / model.n_kv_heads) / ((base.n_heads or model.n_heads) / base.n_kv_heads)
+    n_layers = base.n_layers or model.n_layers
     batch = config.batch_tokens / base.batch_tokens if base.batch_tokens else 1.0
     tokens = config.batch_tokens * config.train.steps / base.tokens if base.tokens else 1.0
-    return Ratios(width, batch, tokens, d_head)
+    return Ratios(width, group, model.n_layers / n_layers, batch, tokens, d_head, n_layers)
+
+
+def base_d_head(config: Config, d_model: int) -> int:
+    model, base = config.model, config.mup.base
+    if base.d_head or base.n_heads is None or model.n_heads * model.d_head != model.d_model:
+        return base.d_head or model.d_head
+    d_head, rest = divmod(d_model, base.n_heads)
+    if rest:
+        raise MegamupError(
+            f"mup.base: d_model={d_model} is not divisible by n_heads={base.n_heads}; set mup.base.d_head"
+        )
+    return d_head
+
+
+def column(parameter: Parameter, config: Config, at: Ratios) -> tuple[float, float, float, float]:
+    """(init std, multiplier, lr factor of width, lr factor of everything else) of one parameter."""
+    mup = config.mup
+    sigma, alpha, eta, zero = mup.sigma, mup.alpha, mup.eta, mup.zero_init
+    n = at.width[parameter.fan_in] if parameter.fan_in else 1.0
+    layers = config.model.n_layers if mup.depth == "none" else at.n_layers_base
+    deeper = 1.0
+    if mup.depth != "none" and parameter.in_block:
+        deeper = at.depth ** (DEPTH_EXPONENT[mup.depth] - 1)
+    residual_std = sigma.residual_out * n**-0.5 * (2 * layers) ** -0.5
+    return {
+        "embedding": (sigma.embedding, alpha.embedding, 1.0, eta.embedding),
+        "query": (sigma.hidden * n**-0.5 * (not zero.query), alpha.hidden, 1 / n, eta.hidden * deeper),
+        "key_value": (sigma.hidden * (n * at.group) ** -0.5, alpha.hidden, 1 / n, eta.hidden * deeper),
+        "hidden": (sigma.hidden * n**-0.5, alpha.hidden, 1 / n, eta.hidden * deeper),
+        "residual_out": (residual_std * (not zero.residual_out), alpha.residual_out, 1 / n, eta.residual_out * deeper),
+        "readout": (sigma.readout * (not zero.readout), readout_multiplier(config), 1.0, eta.readout),
+        "gain": (0.0, 1.0, 1.0, eta.vector * deeper),
+        "bias": (0.0, 1.0, 1.0, eta.vector * deeper),
+    }[parameter.role]
 
 
 def scales(parameter: Parameter, config: Config, at: Ratios) -> Scales:
     """One column of the table for one parameter."""
     mup, optim = config.mup, config.optim
-    sigma, alpha, eta, zero = mup.sigma, mup.alpha, mup.eta, mup.zero_init
-    n = at.width[parameter.fan_in] if parameter.fan_in else 1.0
-    s = sqrt(at.batch) * at.tokens**mup.alpha_data
-    depth = (2 * config.model.n_layers) ** -0.5
-    betas, eps, decay = batch_betas(optim.betas, at.batch), optim.eps / sqrt(at.batch), optim.weight_decay
-
-    column = {  # init std, multiplier, lr
-        "embedding": (sigma.embedding, alpha.embedding, eta.embedding * s),
-        "query": (sigma.hidden * n**-0.5 * (not zero.query), alpha.hidden, eta.hidden * s / n),
-        "hidden": (sigma.hidden * n**-0.5, alpha.hidden, eta.hidden * s / n),
-        "residual_out": (
-            sigma.residual_out * n**-0.5 * depth * (not zero.residual_out),
-            alpha.residual_out,
-            eta.residual_out * s / n,
-        ),
-        "readout": (sigma.readout * (not zero.readout), readout_multiplier(config, at), eta.readout * s),
-        "gain": (0.0, 1.0, eta.vector * s),
-        "bias": (0.0, 1.0, eta.vector * s),
-    }[parameter.role]
-
-    found = Scales(*column, betas=betas, eps=eps, weight_decay=decay)
-    if parameter.role in ("gain", "bias"):
-        return replace(found, weight_decay=0.0, init_mean=float(parameter.role == "gain"))
-    if optim.decay_mode == "independent":
-        # AdamW multiplies the decay by the group's lr: dividing by its peak leaves λ·(lr(t)/lr_peak).
-        found = replace(found, weight_decay=decay / (optim.lr * found.lr_scale) if found.lr_scale else 0.0)
-    return found
+    kappa = at.batch if mup.horizon == "tokens" else at.batch / at.tokens
+    found = umup.column(parameter, config) if mup.parametrization == "umup" else column(parameter, config, at)
+    init_std, multiplier, lr_width, lr_rest = found
+    lr_scale = lr_width * lr_rest * sqrt(kappa) * at.tokens**mup.alpha_data
+    eps = optim.eps / sqrt(kappa)
+    if mup.scale_eps:
+        eps /= at.width["d_model"]
+    if parameter.in_block:
+        eps *= at.depth ** -DEPTH_EXPONENT[mup.depth]
+    vector = parameter.role in ("gain", "bias")
+    return Scales(
+        init_std,
+        multiplier,
+        lr_scale,
+        betas=horizon_betas(config, kappa),
+        eps=eps,
+        weight_decay=0.0 if vector else weight_decay(config, lr_width, lr_scale),
+        init_mean=float(parameter.role == "gain"),
+    )
 
 
-def readout_multiplier(config: Config, at: Ratios) -> float:
+def weight_decay(config: Config, lr_width: float, lr_scale: float) -> float:
+    """What AdamW, which multiplies it by the group's lr, is to be given at the peak of the schedule."""
+    optim = config.optim
+    if optim.decay_mode == "torch" or lr_scale == 0:
+        return optim.weight_decay
+    if optim.decay_mode == "width":
+        return optim.weight_decay / lr_width
+    return optim.weight_decay / (optim.lr * lr_scale)
+
+
+def readout_multiplier(config: Config) -> float:
     """α_readout/n, of the tied readout too (it has no parameter of its own: its weight is the embedding's)."""
-    return config.mup.alpha.readout / at.width["d_model"]
+    if config.mup.parametrization == "umup":
+        return umup.readout_multiplier(config)
+    return config.mup.alpha.readout / ratios(config).width["d_model"]
 
 
 def attention_scale(config: Config) -> float:
@@ -117,12 +152,22 @@ def attention_scale(config: Config) -> float:
     return config.mup.alpha.attention * sqrt(ratios(config).d_head_base) / config.model.d_head
 
 
-def batch_betas(betas: tuple[float, float], batch: float) -> tuple[float, float]:
-    """Keep Adam's averaging horizon in tokens: 1 - b(1 - β) (Malladi et al. 2022)."""
-    scaled = tuple(1 - batch * (1 - beta) for beta in betas)
+def block_scales(config: Config, layer: int) -> BlockScales:
+    """The factors of block ``layer`` (0-based) that belong to no parameter."""
+    if config.mup.parametrization == "umup":
+        return umup.block_scales(config, layer)
+    branch = Branch(branch=ratios(config).depth ** -DEPTH_EXPONENT[config.mup.depth])
+    return BlockScales(attention_logits=attention_scale(config), attention=branch, mlp=branch)
+
+
+def horizon_betas(config: Config, kappa: float) -> tuple[float, float]:
+    """Keep the horizon of Adam's averages: 1 - κ(1 - β) (Malladi et al. 2022)."""
+    betas = config.optim.betas
+    scaled = tuple(1 - kappa * (1 - beta) for beta in betas)
     if min(scaled) < 0:
         raise MegamupError(
-            f"optim.betas={betas}: the batch is {batch:g} times mup.base.batch_tokens, and 1 - b(1 - β) = "
+            f"optim.betas={betas}: a step is {kappa:g} times the base's share of Adam's horizon (mup.base.batch_tokens"
+            f"{', mup.base.tokens' if config.mup.horizon == 'run' else ''}), and 1 - {kappa:g}·(1 - β) = "
             f"{min(scaled):.3g} < 0; raise batch_tokens of the base or the betas"
         )
     return scaled[0], scaled[1]

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
-from megamup.config import Model
+from megamup.sections import Model
 
-Role = Literal["embedding", "query", "hidden", "residual_out", "readout", "gain", "bias"]
+Role = Literal["embedding", "query", "key_value", "hidden", "residual_out", "readout", "gain", "bias"]
 Axis = Literal["d_model", "d_heads", "d_ff"]
 
 
@@ -26,6 +26,11 @@ class Parameter:
     """What the weight sums over; its growth over the base's is the table's n. None: a lookup or a vector."""
     partition_dim: int | None = None
     """Dim cut over the tensor axis; None: every tensor rank holds the whole."""
+
+    @property
+    def in_block(self) -> bool:
+        """Part of a residual branch, whose number grows with depth."""
+        return self.name.startswith("blocks.")
 
     @property
     def size(self) -> int:
@@ -52,8 +57,8 @@ def block(model: Model, name: str) -> list[Parameter]:
     inner = ("up",) if model.arch == "gpt" else ("gate", "up")
     found = norm(model, f"{name}.attention_norm")
     found += column(model, f"{name}.attention.query", heads, "query")
-    found += column(model, f"{name}.attention.key", kv_heads)
-    found += column(model, f"{name}.attention.value", kv_heads)
+    found += column(model, f"{name}.attention.key", kv_heads, "key_value")
+    found += column(model, f"{name}.attention.value", kv_heads, "key_value")
     found += row(model, f"{name}.attention.output", heads, "d_heads")
     found += norm(model, f"{name}.mlp_norm")
     for part in inner:

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any, get_args
 
-from megamup.config import Config, Model
+from megamup.config import Config
 from megamup.flops import Convention, flops_per_token
 from megamup.mup import attention_scale, ratios, readout_multiplier, table
 from megamup.parameters import Parameter, count, parameters
+from megamup.sections import Model
 
 
 def state_bytes(config: Config, world_size: int) -> dict[str, int]:
@@ -84,9 +85,9 @@ def plan(config: Config, world_size: int) -> dict[str, Any]:
         "flops": per_token[config.train.flops_convention] * tokens,
         "flops_convention": config.train.flops_convention,
         "state_bytes_per_rank": state_bytes(config, world_size),
-        "ratios": {**at.width, "batch": at.batch, "tokens": at.tokens},
+        "ratios": {**at.width, "depth": at.depth, "batch": at.batch, "tokens": at.tokens},
         "attention_scale": attention_scale(config),
-        "readout_multiplier": readout_multiplier(config, at),
+        "readout_multiplier": readout_multiplier(config),
         "table": {name: asdict(scales) for name, scales in table(config).items()},
     }
 

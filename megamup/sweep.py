@@ -24,19 +24,10 @@ import yaml
 from pydantic import ConfigDict, Field, ValidationError
 from tqdm import tqdm
 
-from megamup.config import (
-    Config,
-    Positive,
-    Section,
-    config_from,
-    describe,
-    dump_config,
-    merge,
-    parse_override,
-    read_yaml,
-)
+from megamup.config import Config, config_from, describe, dump_config, merge, parse_override, read_yaml
 from megamup.errors import MegamupError
 from megamup.files import write_json_atomic, write_text_atomic
+from megamup.sections import Positive, Section
 
 Scalar = str | int | float | bool | None
 GridValue = Annotated[dict[str, Any], Field(min_length=1)] | Scalar | list[Any]

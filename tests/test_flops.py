@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from megamup.config import Model
 from megamup.flops import flops_per_token, known_peak, mfu_percent
 from megamup.parameters import count
+from megamup.sections import Model
 
 PALM = Model(
     arch="llama",

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # config <- mup, flops <- plan, scaling | parallel, kernels <- models <- train <- launch, tools
 GROUND = {"errors", "files", "shipped", "deepspeed_file"}
-TABLE = GROUND | {"config", "parameters", "mup", "flops"}
+TABLE = GROUND | {"sections", "config", "parameters", "scales", "mup", "umup", "flops"}
 MODELS = TABLE | {"parallel", "kernels"}
 TRAIN = MODELS | {"models", "data"}
 TOP = TRAIN | {"train", "plan", "scaling", "sweep", "cli"}
@@ -23,10 +23,13 @@ ALLOWED: dict[str, set[str]] = {
     "files": set(),
     "shipped": set(),
     "deepspeed_file": {"errors", "files", "shipped"},
-    "config": GROUND,
-    "parameters": GROUND | {"config"},
-    "mup": GROUND | {"config", "parameters"},
-    "flops": GROUND | {"config", "parameters"},
+    "sections": {"errors"},
+    "config": GROUND | {"sections"},
+    "parameters": GROUND | {"sections", "config"},
+    "scales": set(),
+    "umup": GROUND | {"sections", "config", "parameters", "scales"},
+    "mup": GROUND | {"sections", "config", "parameters", "scales", "umup"},
+    "flops": GROUND | {"sections", "config", "parameters"},
     "plan": TABLE,
     "scaling": TABLE,
     "parallel": TABLE,
@@ -42,7 +45,19 @@ ALLOWED: dict[str, set[str]] = {
 }
 """Unit -> units of the package that it may import; its own modules always."""
 
-TORCH_FREE = {"__init__", "errors", "files", "deepspeed_file", "config", "parameters", "mup", "flops", "plan", "cli"}
+TORCH_FREE = {
+    "__init__",
+    "errors",
+    "files",
+    "deepspeed_file",
+    "sections",
+    "config",
+    "parameters",
+    "scales",
+    "mup",
+    "umup",
+}
+TORCH_FREE |= {"flops", "plan", "cli"}
 TORCH_FREE |= {"shipped", "sweep", "scaling", "data"}
 WITH_TORCH = {"data.loader"}
 HEAVY = {"torch", "deepspeed"}

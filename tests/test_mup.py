@@ -102,7 +102,7 @@ def test_attention_scale() -> None:
 def test_a_tied_readout_keeps_its_multiplier() -> None:
     config = build("model.tie_embeddings=true")
     assert "readout.weight" not in table(config)
-    assert readout_multiplier(config, ratios(config)) == 7.0 / 4
+    assert readout_multiplier(config) == 7.0 / 4
 
 
 def test_d_ff_of_the_base_follows_d_model() -> None:

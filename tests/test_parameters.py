@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from megamup.config import Model, config_from
+from megamup.config import config_from
 from megamup.models.decoder import build_decoder
 from megamup.parallel.layers import spec_of
 from megamup.parameters import count, parameters
+from megamup.sections import Model
 
 LLAMA = Model(
     arch="llama", d_model=48, n_layers=3, n_heads=6, n_kv_heads=2, d_head=16, d_ff=80, vocab_size=100, max_seq_len=24

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megamup.config import Model
 from megamup.kernels.attention import attention
 from megamup.kernels.rotary import rotate
 from megamup.parallel.collectives import copy_to_axis
@@ -17,6 +18,8 @@ from megamup.parallel.layers import (
     scaled,
     vocab_parallel_logits,
 )
+from megamup.scales import BlockScales, Branch
+from megamup.sections import Model
 
 
 class TokenEmbedding(VocabParallelEmbedding):
@@ -58,9 +61,10 @@ class Norm(nn.Module):
 class Attention(nn.Module):
     """Causal grouped-query attention; a tensor rank holds whole heads."""
 
-    def __init__(self, context: Context, model: Model, name: str, scale: float) -> None:
+    def __init__(self, context: Context, model: Model, name: str, scales: BlockScales) -> None:
         super().__init__()
-        self.axis, self.d_head, self.scale = context.mesh.tensor, model.d_head, scale
+        self.axis, self.d_head = context.mesh.tensor, model.d_head
+        self.scale, self.gain = scales.attention_logits, scales.attention_output
         self.theta = model.rope_theta if model.arch == "llama" else None
         self.query = ColumnParallelLinear(context, f"{name}.query")
         self.key = ColumnParallelLinear(context, f"{name}.key")
@@ -78,39 +82,50 @@ class Attention(nn.Module):
         if self.theta is not None:
             query, key = rotate(query, self.theta), rotate(key, self.theta)
         mixed = attention(query, key, value, self.scale)  # (batch, heads / tensor, seq, d_head)
-        return self.output(mixed.transpose(1, 2).reshape(batch, seq, -1))  # type: ignore[no-any-return]
+        return self.output(scaled(mixed.transpose(1, 2).reshape(batch, seq, -1), self.gain))  # type: ignore[no-any-return]
 
 
 class Mlp(nn.Module):
     """GELU(x Wᵤ) W_d (gpt) or SwiGLU (Shazeer 2020): (SiLU(x W_g) · x Wᵤ) W_d (llama)."""
 
-    def __init__(self, context: Context, model: Model, name: str) -> None:
+    def __init__(self, context: Context, model: Model, name: str, scales: BlockScales) -> None:
         super().__init__()
         self.axis = context.mesh.tensor
+        self.temper, self.gain = scales.activation_input, scales.activation_output
         self.gate = ColumnParallelLinear(context, f"{name}.gate") if model.arch == "llama" else None
         self.up = ColumnParallelLinear(context, f"{name}.up")
         self.down = RowParallelLinear(context, f"{name}.down")
 
     def forward(self, x: Tensor) -> Tensor:
         x = copy_to_axis(x, self.axis)
-        inner = F.gelu(self.up(x)) if self.gate is None else F.silu(self.gate(x)) * self.up(x)
-        return self.down(inner)  # type: ignore[no-any-return]
+        up = self.up(x)  # (batch, seq, d_ff / tensor)
+        inner = self.activated(F.gelu, up) if self.gate is None else self.activated(F.silu, self.gate(x)) * up
+        return self.down(scaled(inner, self.gain))  # type: ignore[no-any-return]
+
+    def activated(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """f(m·x)/m: u-μP's m is how far from linear f is."""
+        return scaled(function(scaled(x, self.temper)), 1 / self.temper)
 
 
 class Block(nn.Module):
     """Pre-norm transformer block: (batch, seq, d_model) -> the same."""
 
-    def __init__(self, context: Context, model: Model, layer: int, attention_scale: float) -> None:
+    def __init__(self, context: Context, model: Model, layer: int, scales: BlockScales) -> None:
         super().__init__()
         name = f"blocks.{layer}"
         self.attention_norm = Norm(context, model, f"{name}.attention_norm")
-        self.attention = Attention(context, model, f"{name}.attention", attention_scale)
+        self.attention = Attention(context, model, f"{name}.attention", scales)
         self.mlp_norm = Norm(context, model, f"{name}.mlp_norm")
-        self.mlp = Mlp(context, model, f"{name}.mlp")
+        self.mlp = Mlp(context, model, f"{name}.mlp", scales)
+        self.scales = scales
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x))
-        return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]
+        x = joined(x, self.attention(self.attention_norm(x)), self.scales.attention)
+        return joined(x, self.mlp(self.mlp_norm(x)), self.scales.mlp)
+
+
+def joined(x: Tensor, added: Tensor, at: Branch) -> Tensor:
+    return scaled(x, at.skip) + scaled(added, at.branch)
 
 
 class Readout(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from megamup.config import Config
 from megamup.models.blocks import Block, Norm, PositionEmbedding, Readout, TokenEmbedding
-from megamup.mup import attention_scale, ratios, readout_multiplier, table
+from megamup.mup import block_scales, readout_multiplier, table
 from megamup.parallel.layers import Context, vocab_parallel_logits
 from megamup.parallel.mesh import SINGLE, Mesh
 from megamup.parameters import parameters
@@ -39,16 +39,18 @@ def context(config: Config, mesh: Mesh) -> Context:
 
 def decoder_layers(config: Config, mesh: Mesh) -> list[LayerSpec]:
     """The model, (batch, seq) token ids in, (batch, seq, vocab / tensor) logits out, as a flat list."""
-    model, built_from, scale = config.model, context(config, mesh), attention_scale(config)
+    model, built_from = config.model, context(config, mesh)
     tied = "token" if model.tie_embeddings else None
     layers = [LayerSpec(TokenEmbedding, (built_from,), shared=tied)]
     if model.arch == "gpt":
         layers.append(LayerSpec(PositionEmbedding, (built_from,)))
-    layers += [LayerSpec(Block, (built_from, model, layer, scale)) for layer in range(model.n_layers)]
+    layers += [
+        LayerSpec(Block, (built_from, model, layer, block_scales(config, layer))) for layer in range(model.n_layers)
+    ]
     layers.append(LayerSpec(Norm, (built_from, model, "final_norm")))
     if not model.tie_embeddings:
         return [*layers, LayerSpec(Readout, (built_from,))]
-    multiplier = readout_multiplier(config, ratios(config))
+    multiplier = readout_multiplier(config)
 
     def tied_readout(embedding: nn.Module, x: Tensor) -> Tensor:
         assert isinstance(embedding, TokenEmbedding)

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megamup.mup import Scales
 from megamup.parallel.mesh import Axis
 from megamup.parameters import Parameter
+from megamup.scales import Scales
 
 SLICES = 64
 """Slices of a tensor along its partition dim; more would cost time, fewer would be drawn in vain at the edges."""

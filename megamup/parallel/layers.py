@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megamup.mup import Scales
 from megamup.parallel.collectives import copy_to_axis, reduce_from_axis
 from megamup.parallel.init import initial_shard, shard_bounds
 from megamup.parallel.mesh import Axis, Mesh
 from megamup.parameters import Parameter
+from megamup.scales import Scales
 
 
 @dataclass(frozen=True)

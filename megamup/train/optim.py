@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from megamup.config import Config
-from megamup.mup import Scales, table
+from megamup.mup import table
 from megamup.parallel.collectives import all_reduce
 from megamup.parallel.layers import spec_of
 from megamup.parallel.mesh import Mesh
+from megamup.scales import Scales
 
 GroupKey = tuple[float, tuple[float, float], float, float]
 
@@ -35,6 +36,7 @@ def parameter_groups(module: nn.Module, config: Config) -> list[dict[str, Any]]:
     for index, shards in enumerate(members.values()):
         if not shards:
             shards.append(placeholder(module, f"placeholder_{index}"))
+    constant = config.optim.decay_mode == "constant"
     return [
         {
             "params": shards,
@@ -43,6 +45,7 @@ def parameter_groups(module: nn.Module, config: Config) -> list[dict[str, Any]]:
             "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,
+            **({"decay_per_step": weight_decay * config.optim.lr * lr_scale} if constant else {}),
         }
         for (lr_scale, betas, eps, weight_decay), shards in members.items()
     ]
@@ -65,6 +68,9 @@ def write_lr(groups: Iterable[dict[str, Any]], lr: float) -> None:
     """Set every group's rate from the schedule's, keeping the table's scales."""
     for group in groups:
         group["lr"] = lr * group["lr_scale"]
+        if "decay_per_step" in group:  # AdamW multiplies the decay by the rate, which may have reached zero
+            group["lr"] = max(group["lr"], 1e-30)
+            group["weight_decay"] = group["decay_per_step"] / group["lr"]
 
 
 class ClipByGlobalNorm:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from megamup.config import Schedule
+from megamup.sections import Schedule
 
 
 def lr_factor(schedule: Schedule, step: int, steps: int) -> float:

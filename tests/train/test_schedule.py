@@ -7,7 +7,7 @@ from typing import Literal
 
 import pytest
 
-from megamup.config import Schedule
+from megamup.sections import Schedule
 from megamup.train.schedule import lr_factor
 
 Kind = Literal["constant", "linear", "cosine", "wsd"]

@@ -1,0 +1,265 @@
+"""The sections of a config: every key with its type, its default and what it does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from megamup.errors import MegamupError
+
+Positive = Annotated[int, Field(gt=0, strict=True)]
+NonNegative = Annotated[int, Field(ge=0, strict=True)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class Run(Section):
+    name: Annotated[str, Field(min_length=1, coerce_numbers_to_str=True)] = "run"
+    """Name of the run's folder below ``dir``."""
+    dir: str = "runs"
+    """Folder that holds run folders."""
+    seed: NonNegative = 1234
+    """Seed of the initial weights and of the order of samples."""
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.dir) / self.name
+
+
+class Model(Section):
+    arch: Literal["gpt", "llama"]
+    """``gpt``: learned positions, LayerNorm, GELU, biases, tied. ``llama``: RoPE, RMSNorm, SwiGLU, GQA, untied."""
+    d_model: Positive
+    n_layers: Positive
+    n_heads: Positive
+    vocab_size: Positive
+    """Rows of the embedding; at least the tokenizer's vocabulary, and divisible by ``parallel.tensor``."""
+    max_seq_len: Positive
+    """Longest sequence; the number of learned positions of ``gpt``."""
+    n_kv_heads: Positive = None  # type: ignore[assignment]
+    """Key and value heads (grouped-query attention); default ``n_heads``."""
+    d_head: Positive = None  # type: ignore[assignment]
+    """Default ``d_model / n_heads``."""
+    d_ff: Positive = None  # type: ignore[assignment]
+    """Default ``4 d_model`` (gpt), or ``8/3 d_model`` rounded up to a multiple of 16 (llama)."""
+    tie_embeddings: bool = None  # type: ignore[assignment]
+    """Readout shares the token embedding; default true for gpt, false for llama."""
+    bias: bool = None  # type: ignore[assignment]
+    """Biases of the linear layers and norms; default true for gpt, false for llama."""
+    norm_eps: PositiveFloat = 1e-5
+    rope_theta: PositiveFloat = 10_000.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def fill_defaults(cls, values: Any) -> Any:
+        """Fill what follows from other keys; a missing required key is left for pydantic to name."""
+        if not isinstance(values, dict):
+            return values
+        filled = {key: value for key, value in values.items() if value is not None}
+        d_model, n_heads, gpt = filled.get("d_model"), filled.get("n_heads"), filled.get("arch") == "gpt"
+        filled.setdefault("tie_embeddings", gpt)
+        filled.setdefault("bias", gpt)
+        if isinstance(n_heads, int):
+            filled.setdefault("n_kv_heads", n_heads)
+        if isinstance(d_model, int):
+            filled.setdefault("d_ff", 4 * d_model if gpt else -(-8 * d_model // 48) * 16)
+        if isinstance(d_model, int) and isinstance(n_heads, int) and n_heads > 0 and "d_head" not in filled:
+            if d_model % n_heads:
+                raise ValueError(f"d_model={d_model} is not divisible by n_heads={n_heads}; change one or set d_head")
+            filled["d_head"] = d_model // n_heads
+        return filled
+
+    @model_validator(mode="after")
+    def check_heads(self) -> Model:
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads={self.n_heads} is not divisible by n_kv_heads={self.n_kv_heads}")
+        if self.arch == "llama" and self.d_head % 2:
+            raise ValueError(f"d_head={self.d_head} is odd; rotary positions turn pairs: use an even d_head")
+        return self
+
+
+class Base(Section):
+    """The proxy on which the hyperparameters were found; a key left out equals the model's own (ratio 1)."""
+
+    d_model: Positive | None = None
+    d_ff: Positive | None = None
+    """Default: the model's, scaled as ``d_model`` is."""
+    n_heads: Positive | None = None
+    n_kv_heads: Positive | None = None
+    """Default: as many query heads to a key head as the model has. Fixed heads on a wider model change that number,
+    and with it the initial keys and values."""
+    d_head: Positive | None = None
+    """Default: ``d_model / n_heads`` where the base gives ``n_heads`` and the model's heads fill d_model too, else the
+    model's (more heads of the same size)."""
+    n_layers: Positive | None = None
+    """Depth of the proxy: the ratio of ``mup.depth``'s rules."""
+    batch_tokens: Positive | None = None
+    """Tokens in a global batch of the proxy (the table's b)."""
+    tokens: Positive | None = None
+    """Tokens that the proxy was trained on (the table's d)."""
+
+
+class RoleValues(Section):
+    embedding: NonNegativeFloat = 1.0
+    hidden: NonNegativeFloat = 1.0
+    residual_out: NonNegativeFloat = 1.0
+    readout: NonNegativeFloat = 1.0
+
+
+class Sigma(RoleValues):
+    """Initial standard deviations at the base width (the table's σ)."""
+
+    embedding: NonNegativeFloat = 0.02
+    hidden: NonNegativeFloat = 0.02
+    residual_out: NonNegativeFloat = 0.02
+    readout: NonNegativeFloat = 0.02
+
+
+class Alpha(RoleValues):
+    """Forward multipliers (the table's α)."""
+
+    attention: PositiveFloat = 1.0
+    """Multiplies the attention logits (an inverse temperature)."""
+    activation: PositiveFloat = 1.0
+    """u-μP only: multiplies the input of the MLP's activation function."""
+    attention_ratio: PositiveFloat = 1.0
+    """u-μP only: what attention adds to the residual stream, over what the MLPs add."""
+
+
+class Eta(RoleValues):
+    """Learning rates by role, as multiples of ``optim.lr`` (the table's η)."""
+
+    vector: NonNegativeFloat = 1.0
+    """Gains and biases."""
+
+
+class ZeroInit(Section):
+    """Weights that start at zero (Tensor Programs V, appendix D.2)."""
+
+    query: bool = False
+    residual_out: bool = False
+    readout: bool = False
+
+
+class Mup(Section):
+    parametrization: Literal["mup", "sp", "umup"] = "mup"
+    """``sp`` sets every ratio of the table to 1 and attention to 1/√d_head: the control of an experiment.
+    ``umup``: unit-scaled μP (Blake et al. 2024), which needs no base width."""
+    base: Base = Base()
+    depth: Literal["none", "sqrt", "completep"] = "none"
+    """How hyperparameters cross depth. ``sqrt``: residual branches over √L (depth-μP, Yang et al. 2023);
+    ``completep``: over L (Dey et al. 2025); ``none``: only the initial weights know L (GPT-2)."""
+    scale_eps: bool = False
+    """Adam's eps over the width ratio, as gradients are (Dey et al. 2025, table 1)."""
+    horizon: Literal["tokens", "run"] = "tokens"
+    """What Adam's averages keep when batch and length change. ``tokens``: their span in tokens (Malladi et al. 2022);
+    ``run``: their share of the run (Mlodozeniec et al. 2025), so that a longer run averages longer."""
+    sigma: Sigma = Sigma()
+    alpha: Alpha = Alpha()
+    eta: Eta = Eta()
+    zero_init: ZeroInit = ZeroInit()
+    alpha_data: float = 0.0
+    """Exponent of the data ratio in the learning rate; -0.12 fits compute-optimal training."""
+
+    @model_validator(mode="after")
+    def check_unit_scaling(self) -> Mup:
+        """u-μP fixes what others tune: a value given there would have no effect."""
+        if self.parametrization == "umup":
+            if self.sigma != Sigma():
+                raise ValueError("sigma has no effect under parametrization=umup, which draws every weight with 1")
+            if self.depth != "none":
+                raise ValueError(f"depth={self.depth} has no effect under parametrization=umup, which has its own rule")
+            if self.scale_eps:
+                raise ValueError("scale_eps has no effect under parametrization=umup, which knows no base width")
+        elif (self.alpha.activation, self.alpha.attention_ratio) != (1.0, 1.0):
+            raise ValueError("alpha.activation and alpha.attention_ratio belong to parametrization=umup")
+        return self
+
+
+class Parallel(Section):
+    tensor: Positive = 1
+    pipeline: Positive = 1
+
+    def data(self, world_size: int) -> int:
+        """Number of data-parallel replicas among ``world_size`` ranks."""
+        model_ranks = self.tensor * self.pipeline
+        if world_size % model_ranks:
+            raise MegamupError(
+                f"parallel: tensor={self.tensor} x pipeline={self.pipeline} = {model_ranks} ranks a replica, but "
+                f"{world_size} ranks were started, which is no multiple; start a multiple of {model_ranks}"
+            )
+        return world_size // model_ranks
+
+
+class Source(Section):
+    prefix: str
+    weight: PositiveFloat = 1.0
+
+
+Sources = str | Annotated[tuple[Source, ...], Field(min_length=1)]
+
+
+class Data(Section):
+    train: Sources
+    """Shard prefix (``.bin`` and ``.idx``), or a list of ``{prefix, weight}``."""
+    valid: Sources | None = None
+    """The same, held out, for evaluation; every token counts once, so weights have no say."""
+    seq_len: Positive | None = None
+    """Default ``model.max_seq_len``."""
+
+
+class Batch(Section):
+    global_sequences: Positive = 32
+    """Sequences that one optimizer step sees, over all ranks."""
+    micro_sequences: Positive | None = None
+    """Sequences that one rank sees at a time; default: its share of the batch, in ``pipeline`` parts."""
+
+
+class Optim(Section):
+    lr: PositiveFloat = 3e-3
+    """Peak learning rate at the base; the table turns it into each group's."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.1
+    decay_mode: Literal["torch", "width", "independent", "constant"] = "torch"
+    """``torch``: p -= lr·λ·p with the parameter's own lr. ``width``: the same with λ·n where the table's lr has 1/n
+    (the mup package; CompleteP). ``independent``: p -= λ·(lr(t)/lr_peak)·p (Loshchilov & Hutter 2019; Wortsman et
+    al. 2023). ``constant``: p -= λ·p, whatever the rate and its schedule."""
+    grad_clip: NonNegativeFloat = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+
+
+class Schedule(Section):
+    kind: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    """After warm-up: constant; linear or cosine to ``min_ratio``; wsd (constant, then linear decay)."""
+    warmup_steps: NonNegative = 0
+    min_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Last learning rate as a share of the peak (not for ``constant``)."""
+    decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """wsd: share of all steps spent in the decay (Hägele et al. 2024)."""
+
+
+class Train(Section):
+    steps: Positive
+    log_every: Positive = 10
+    eval_every: NonNegative = 0
+    """Steps between evaluations; 0: never in between. With ``data.valid`` set, the last step is always evaluated."""
+    eval_sequences: Positive | None = None
+    """Sequences of an evaluation, from the start of ``data.valid``, rounded up to whole batches; default all."""
+    save_every: NonNegative = 0
+    """Steps between checkpoints; 0: none. Otherwise the last step is saved too."""
+    flops_convention: Literal["6N", "palm", "chinchilla"] = "palm"
+    """How ``flops`` in metrics.jsonl counts (see megamup/flops.py). MFU is always PaLM's."""
+
+
+class Log(Section):
+    wandb: bool = False
+    """Copy metrics to Weights & Biases; offline without a key."""
+    tensorboard: bool = False

@@ -110,7 +110,7 @@ def test_d_ff_of_the_base_follows_d_model() -> None:
 
 
 def test_betas_that_would_be_negative_are_an_error() -> None:
-    with pytest.raises(MegamupError, match=r"optim.betas=\(0.9, 0.95\): the batch is 16 times .* = -0.6 < 0"):
+    with pytest.raises(MegamupError, match=r"optim.betas=\(0.9, 0.95\): a step is 16 times .* = -0.6 < 0"):
         table(build("mup.base.batch_tokens=32"))
 
 

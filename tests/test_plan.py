@@ -59,7 +59,7 @@ def test_totals(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["flops_per_token"]["palm"] == 6 * (TOTAL - TABLE) + 12 * 4 * 64 * 64
     assert found["flops_convention"] == "palm"
     assert found["flops"] == found["flops_per_token"]["palm"] * 10_240
-    assert found["ratios"] == {"d_model": 2.0, "d_heads": 2.0, "d_ff": 2.0, "batch": 1.0, "tokens": 1.0}
+    assert found["ratios"] == {"d_model": 2.0, "d_heads": 2.0, "d_ff": 2.0, "depth": 1.0, "batch": 1.0, "tokens": 1.0}
     assert found["readout_multiplier"] == 0.5
     assert found["attention_scale"] == 0.25
     assert found["table"]["blocks.3.mlp.down.weight"]["lr_scale"] == 0.5

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from megamup.mup import Scales
 from megamup.parallel.init import initial_shard, shard_bounds
 from megamup.parallel.mesh import Axis
 from megamup.parameters import Parameter
+from megamup.scales import Scales
 
 SCALES = Scales(init_std=0.5, multiplier=1, lr_scale=1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0)
 ALONE = Axis(0, 1, None)

@@ -178,6 +178,9 @@ class Mup(Section):
                 raise ValueError(f"depth={self.depth} has no effect under parametrization=umup, which has its own rule")
             if self.scale_eps:
                 raise ValueError("scale_eps has no effect under parametrization=umup, which knows no base width")
+            shape = [key for key, value in self.base if value is not None and key not in ("batch_tokens", "tokens")]
+            if shape:
+                raise ValueError(f"base.{shape[0]} has no effect under parametrization=umup, which needs no base shape")
         elif (self.alpha.activation, self.alpha.attention_ratio) != (1.0, 1.0):
             raise ValueError("alpha.activation and alpha.attention_ratio belong to parametrization=umup")
         return self
@@ -255,6 +258,8 @@ class Train(Section):
     """Sequences of an evaluation, from the start of ``data.valid``, rounded up to whole batches; default all."""
     save_every: NonNegative = 0
     """Steps between checkpoints; 0: none. Otherwise the last step is saved too."""
+    monitor_every: NonNegative = 100
+    """Steps between measurements of what μP keeps (updates, logits, activations; megamup/train/monitor.py); 0: none."""
     flops_convention: Literal["6N", "palm", "chinchilla"] = "palm"
     """How ``flops`` in metrics.jsonl counts (see megamup/flops.py). MFU is always PaLM's."""
 

@@ -8,9 +8,9 @@ unit inputs, so the multipliers carry all widths and no base is needed:
     | multiplier   | α_embedding     | α/√fan_in                  | α/fan_in   | 1          |
     | AdamW lr     | η_emb/√d_model  | η_hidden/√fan_in · L^-½    | η_readout  | η · L^-½   |
 
-where L^-½ belongs to parameters inside the L blocks. The paper also scales the backward pass, so that gradients fit
-8-bit floats. Those factors are constant over a tensor, which AdamW ignores, and are left out: gradients here are those
-of the loss.
+where L^-½ belongs to parameters inside the L blocks; gpt's two embeddings, whose sum is to have deviation 1, are each
+times 2^-½. The paper also scales the backward pass, so that gradients fit 8-bit floats. Those factors are constant over
+a tensor, which AdamW ignores, and are left out: gradients here are those of the loss.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ def column(parameter: Parameter, config: Config) -> tuple[float, float, float, f
     depth = config.model.n_layers**-0.5 if parameter.in_block else 1.0
     fan_in = parameter.shape[-1]  # of an embedding: d_model, as in the paper's section 4.4
     width = fan_in**-0.5
+    tables = 2 if config.model.arch == "gpt" else 1  # tokens and positions
     return {
-        "embedding": (1.0, alpha.embedding, width, eta.embedding),
+        "embedding": (1.0, alpha.embedding * tables**-0.5, width, eta.embedding),
         "query": (float(not zero.query), alpha.hidden * width, width, eta.hidden * depth),
         "key_value": (1.0, alpha.hidden * width, width, eta.hidden * depth),
         "hidden": (1.0, alpha.hidden * width, width, eta.hidden * depth),

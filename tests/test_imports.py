@@ -17,7 +17,7 @@ GROUND = {"errors", "files", "shipped", "deepspeed_file"}
 TABLE = GROUND | {"sections", "config", "parameters", "scales", "mup", "umup", "flops"}
 MODELS = TABLE | {"parallel", "kernels"}
 TRAIN = MODELS | {"models", "data"}
-TOP = TRAIN | {"train", "plan", "scaling", "sweep", "cli"}
+TOP = TRAIN | {"train", "plan", "page", "convert", "scaling", "sweep", "experiments", "cli"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "files": set(),
@@ -31,14 +31,16 @@ ALLOWED: dict[str, set[str]] = {
     "mup": GROUND | {"sections", "config", "parameters", "scales", "umup"},
     "flops": GROUND | {"sections", "config", "parameters"},
     "plan": TABLE,
-    "scaling": TABLE,
+    "page": set(),
+    "scaling": TABLE | {"page"},
     "parallel": TABLE,
     "kernels": TABLE,
     "data": {"errors", "files", "config"},
     "models": MODELS,
     "train": TRAIN,
-    "convert": TOP,
+    "convert": TABLE,
     "sweep": TOP,
+    "experiments": TOP,
     "cli": TOP,
     "tools": TOP,
     "launch": TOP,
@@ -58,9 +60,9 @@ TORCH_FREE = {
     "umup",
 }
 TORCH_FREE |= {"flops", "plan", "cli"}
-TORCH_FREE |= {"shipped", "sweep", "scaling", "data"}
+TORCH_FREE |= {"shipped", "sweep", "page", "scaling", "experiments", "convert", "data"}
 WITH_TORCH = {"data.loader"}
-HEAVY = {"torch", "deepspeed"}
+HEAVY = {"torch", "deepspeed", "optuna"}
 
 
 def sources() -> Iterator[tuple[str, str]]:
@@ -166,7 +168,10 @@ def test_the_checker_lets_the_rest_pass(name: str, text: str) -> None:
     assert violations(name, text) == []
 
 
-@pytest.mark.parametrize("program", ["preprocess_data", "scaling", "plan", "train_tokenizer", "sweep"])
+@pytest.mark.parametrize(
+    "program",
+    ["preprocess_data", "scaling", "plan", "train_tokenizer", "sweep", "convert_config_to_mup", "coord_check"],
+)
 def test_a_program_that_needs_no_torch_starts_without_it(program: str) -> None:
     command = [sys.executable, "-X", "importtime", str(ROOT / "tools" / f"{program}.py"), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT)})

@@ -1,22 +1,23 @@
-"""The abc-table: every cell against its formula, against Microsoft's `mup` package, and against what it is for."""
+"""The abc-table: every cell and every knob against its formula."""
 
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import asdict, replace
 from math import sqrt
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 from megamup.config import Config, config_from, merge, parse_override
 from megamup.errors import MegamupError
-from megamup.models.blocks import Block
-from megamup.models.decoder import Decoder, build_decoder
-from megamup.mup import attention_scale, ratios, readout_multiplier, table
+from megamup.models.decoder import build_decoder
+from megamup.mup import attention_scale, block_scales, ratios, readout_multiplier, table
 from megamup.parallel.layers import spec_of
+from megamup.parameters import parameters
+from megamup.scales import Branch, Scales
+from megamup.train.optim import adamw, parameter_groups, write_lr
 
 # Width x4, attention output x6 (heads·d_head 192 over 32), d_ff x2.5, batch x4 (512 tokens over 128), tokens x8.
 BATCH, TOKENS, DEPTH = 4.0, 8.0, (2 * 3) ** -0.5
@@ -109,19 +110,162 @@ def test_d_ff_of_the_base_follows_d_model() -> None:
     assert ratios(build("mup.base.d_ff=null")).width["d_ff"] == 4.0
 
 
-def test_betas_that_would_be_negative_are_an_error() -> None:
-    with pytest.raises(MegamupError, match=r"optim.betas=\(0.9, 0.95\): a step is 16 times .* = -0.6 < 0"):
-        table(build("mup.base.batch_tokens=32"))
+# --------------------------------------------------------------------------- one knob at a time
 
 
-@pytest.mark.parametrize("name", ["embedding.token", "blocks.0.mlp.down.weight", "readout.weight"])
-def test_independent_decay_does_not_depend_on_lr(name: str) -> None:
+def changed(*overrides: str, base: tuple[str, ...] = ()) -> dict[str, tuple[Scales, Scales]]:
+    """{name: (scales before, after)} of the parameters that the overrides change."""
+    before, after = table(build(*base)), table(build(*base, *overrides))
+    assert before.keys() == after.keys()
+    return {name: (before[name], after[name]) for name in before if before[name] != after[name]}
+
+
+def numbers(scales: Scales) -> dict[str, float]:
+    first, second = scales.betas
+    return asdict(scales) | {"betas": first, "second beta": second}
+
+
+def names(*roles: str) -> set[str]:
+    return {name for name, parameter in parameters(build().model).items() if parameter.role in roles}
+
+
+ROLES = {
+    "embedding": names("embedding"),
+    "hidden": names("query", "key_value", "hidden"),
+    "residual_out": names("residual_out"),
+    "readout": names("readout"),
+    "vector": names("gain", "bias"),
+}
+
+
+FIELDS = {"sigma": "init_std", "alpha": "multiplier", "eta": "lr_scale"}
+
+
+@pytest.mark.parametrize(("section", "role"), [(s, role) for s in FIELDS for role in TARGET["mup"][s] if role in ROLES])
+def test_a_value_of_a_role_is_proportional_and_its_own(section: str, role: str) -> None:
+    field = FIELDS[section]
+    found = changed(f"mup.{section}.{role}={3 * TARGET['mup'][section][role]}")
+    assert found.keys() == ROLES[role]
+    for before, after in found.values():
+        assert getattr(after, field) == pytest.approx(3 * getattr(before, field))
+        assert replace(after, **{field: getattr(before, field)}) == before
+
+
+def test_key_heads_that_stay_as_few_start_smaller() -> None:
+    """6 query heads to 2 key heads over a base of 2 to 2: g = 3. A base of 3 to 1 has the target's ratio."""
+    keys = names("key_value")
+    found = changed("mup.base.n_kv_heads=2")
+    assert found.keys() == keys
+    for before, after in found.values():
+        assert after.init_std == pytest.approx(0.1 / sqrt(4 * 3))
+        assert replace(after, init_std=before.init_std) == before
+    assert not changed("mup.base.n_kv_heads=1", base=("mup.base.n_heads=3",))
+
+
+DEEPER = ("model.n_layers=8", "mup.base.n_layers=2")  # ℓ = 4
+
+
+@pytest.mark.parametrize(
+    ("depth", "layers", "lr", "eps", "branch"),
+    [("none", 8, 1.0, 1.0, 1.0), ("sqrt", 2, 1 / 2, 1 / 2, 1 / 2), ("completep", 2, 1.0, 1 / 4, 1 / 4)],
+)
+def test_depth(depth: str, layers: int, lr: float, eps: float, branch: float) -> None:
+    """Table 1 of Dey et al. 2025: lr ℓ^(a-1), eps ℓ^-a, branch ℓ^-a, in blocks alone; L of the init is the base's."""
+    flat, config = table(build("model.n_layers=8")), build(*DEEPER, f"mup.depth={depth}")
+    found = table(config)
+    for name, parameter in parameters(config.model).items():
+        expected = flat[name]
+        if parameter.in_block:
+            std = expected.init_std * (sqrt(8 / layers) if parameter.role == "residual_out" else 1.0)
+            expected = replace(expected, init_std=std, lr_scale=expected.lr_scale * lr, eps=expected.eps * eps)
+        assert numbers(found[name]) == pytest.approx(numbers(expected)), name
+    for layer in (0, 7):
+        scales = block_scales(config, layer)
+        assert scales.attention == scales.mlp == Branch(skip=1.0, branch=branch)
+        assert scales.attention_logits == attention_scale(config)
+
+
+def test_eps_by_width_is_every_parameters() -> None:
+    """Over the ratio of d_model (4), also where the fan-in's ratio is another (Dey et al. 2025, table 1)."""
+    found = changed("mup.scale_eps=true")
+    assert found.keys() == table(build()).keys()
+    for before, after in found.values():
+        assert after.eps == pytest.approx(before.eps / 4)
+        assert replace(after, eps=before.eps) == before
+
+
+@pytest.mark.parametrize(("horizon", "kappa"), [("tokens", BATCH), ("run", BATCH / TOKENS)])
+def test_horizon(horizon: str, kappa: float) -> None:
+    tokens = table(build("optim.decay_mode=width"))
+    for name, scales in table(build(f"mup.horizon={horizon}", "optim.decay_mode=width")).items():
+        assert scales.betas == pytest.approx((1 - kappa * 0.1, 1 - kappa * 0.05))
+        assert scales.eps == pytest.approx(1e-8 / sqrt(kappa))
+        assert scales.lr_scale == pytest.approx(tokens[name].lr_scale * sqrt(kappa / BATCH))
+        assert scales.weight_decay == tokens[name].weight_decay
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("mup.base.batch_tokens=32",), r"optim\.betas=\(0\.9, 0\.95\): a step is 16 times .* = -0\.6 < 0"),
+        (
+            ("mup.horizon=run", "mup.base.tokens=102400", "mup.base.batch_tokens=64"),  # 8 batches, half the tokens
+            r"optim\.betas=\(0\.9, 0\.95\): a step is 16 times .*mup\.base\.tokens.* = -0\.6 < 0",
+        ),
+    ],
+)
+def test_betas_that_would_be_negative_are_an_error(overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(MegamupError, match=message):
+        table(build(*overrides))
+
+
+# --------------------------------------------------------------------------- weight decay
+
+DECAYED = ("embedding.token", "blocks.0.attention.query.weight", "blocks.0.mlp.down.weight", "readout.weight")
+
+
+@pytest.mark.parametrize(("mode", "factors"), [("torch", (1, 1, 1, 1)), ("width", (1, 4, 2.5, 1))])
+def test_decay_follows_the_rate_or_not_its_width(mode: str, factors: tuple[float, ...]) -> None:
+    """``width`` undoes the table's 1/n, and no other factor of the rate."""
+    found = table(build(f"optim.decay_mode={mode}"))
+    assert [found[name].weight_decay for name in DECAYED] == pytest.approx([0.1 * factor for factor in factors])
+    assert {found[name].weight_decay for name in ROLES["vector"]} == {0.0}
+
+
+@pytest.mark.parametrize("mode", ["independent", "constant"])
+@pytest.mark.parametrize("lr", [0.01, 0.3])
+def test_decay_free_of_the_rate(mode: str, lr: float) -> None:
     """AdamW takes p -= lr·wd·p, so that wd·peak lr is λ for every parameter."""
-    for lr in (0.01, 0.3):
-        config = build("optim.decay_mode=independent", f"optim.lr={lr}")
-        found = table(config)[name]
-        assert found.weight_decay * found.lr_scale * lr == pytest.approx(0.1)
-        assert table(config)["final_norm.weight"].weight_decay == 0.0
+    found = table(build(f"optim.decay_mode={mode}", f"optim.lr={lr}"))
+    at_peak = [found[name].weight_decay * found[name].lr_scale * lr for name in DECAYED]
+    assert at_peak == pytest.approx([0.1] * len(DECAYED))
+    assert {found[name].weight_decay for name in ROLES["vector"]} == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("mode", "shares"),
+    [("constant", (1.0, 1.0, 1.0, 1.0)), ("independent", (1.0, 0.25, 1e-6, 0.0))],
+)
+def test_decay_over_a_schedule(mode: str, shares: tuple[float, ...]) -> None:
+    """With zero gradients a step of AdamW is its decay alone: λ a step, or λ·lr(t)/lr_peak."""
+    config = build(f"optim.decay_mode={mode}", "model.n_layers=1")
+    net = build_decoder(config)
+    optimizer = adamw(parameter_groups(net, config))
+    for shard in net.parameters():
+        shard.grad = torch.zeros_like(shard)
+    for lr_factor, share in zip((1.0, 0.25, 1e-6, 0.0), shares, strict=True):
+        before = {spec_of(shard).name: shard.detach().clone() for shard in net.parameters()}
+        write_lr(optimizer.param_groups, config.optim.lr * lr_factor)
+        for group in optimizer.param_groups:
+            assert group["lr"] == pytest.approx(config.optim.lr * lr_factor * group["lr_scale"], abs=1e-30)
+        optimizer.step()
+        for shard in net.parameters():
+            name = spec_of(shard).name
+            decay = 0.0 if name in ROLES["vector"] else 0.1 * share
+            torch.testing.assert_close(shard.detach(), before[name] * (1 - decay), rtol=1e-6, atol=0.0, msg=name)
+
+
+# --------------------------------------------------------------------------- zeros, controls, errors
 
 
 @pytest.mark.parametrize(
@@ -137,106 +281,43 @@ def test_zero_init(key: str, zeros: set[str]) -> None:
             assert scales == plain[name]
 
 
-AT_BASE = ("mup.base={d_model: 128, d_ff: 240, n_heads: 6, d_head: 32, batch_tokens: 512, tokens: 51200}",)
+AT_BASE = (
+    "mup.base={d_model: 128, d_ff: 240, n_heads: 6, n_kv_heads: 2, d_head: 32, n_layers: 3,"
+    " batch_tokens: 512, tokens: 51200}"
+)
+GPT = ("model.arch=gpt", "model.n_kv_heads=6", "mup.base.n_kv_heads=6")
+KNOBS = ("mup.scale_eps=true", "mup.horizon=run")
 
 
-@pytest.mark.parametrize("overrides", [AT_BASE, (*AT_BASE, "model.arch=gpt", "model.n_kv_heads=6")])
-def test_at_the_base_both_parametrizations_are_one(overrides: tuple[str, ...]) -> None:
-    mup, sp = build(*overrides), build(*overrides, "mup.parametrization=sp")
+@pytest.mark.parametrize("depth", ["none", "sqrt", "completep"])
+@pytest.mark.parametrize("overrides", [(), GPT])
+def test_at_the_base_both_parametrizations_are_one(overrides: tuple[str, ...], depth: str) -> None:
+    mup = build(AT_BASE, *overrides, *KNOBS, f"mup.depth={depth}")
+    sp = build(*overrides, "mup.parametrization=sp")
     assert table(mup) == table(sp)
-    assert attention_scale(mup) == pytest.approx(attention_scale(sp))
+    assert [block_scales(mup, layer) for layer in range(3)] == [block_scales(sp, layer) for layer in range(3)]
 
 
-def test_sp_ignores_the_base() -> None:
-    sp = build("mup.parametrization=sp")
-    assert table(sp) == table(build("mup.parametrization=sp", *AT_BASE))
-    assert table(sp) != table(build())
+@pytest.mark.parametrize("depth", ["none", "sqrt", "completep"])
+def test_sp_ignores_the_base_and_all_rules_of_it(depth: str) -> None:
+    plain = build("mup.parametrization=sp")
+    told = build("mup.parametrization=sp", *KNOBS, f"mup.depth={depth}", "mup.base.n_layers=1", "mup.base.n_kv_heads=2")
+    assert table(told) == table(plain) == table(build(AT_BASE))
+    assert block_scales(told, 2) == block_scales(plain, 2)
+    assert table(plain) != table(build())
 
 
-# --------------------------------------------------------------------------- against Microsoft's package
-
-
-def test_ratios_equal_those_of_the_mup_package() -> None:
-    """MuAdamW divides lr by the width ratio for matrices only; MuReadout divides its input by it."""
-    package = pytest.importorskip("mup", reason="Microsoft's mup package is not installed")
-
-    class Net(nn.Module):
-        def __init__(self, d_model: int, d_ff: int) -> None:
-            super().__init__()
-            self.embedding = nn.Embedding(64, d_model)
-            self.up, self.down = nn.Linear(d_model, d_ff), nn.Linear(d_ff, d_model)
-            self.readout = package.MuReadout(d_model, 64, bias=False, output_mult=7.0)
-
-    net = package.set_base_shapes(Net(128, 240), Net(32, 96), delta=Net(64, 160))
-    lr = {
-        id(p): group["lr"] for group in package.MuAdamW(net.parameters(), lr=1.0).param_groups for p in group["params"]
-    }
-    ours = table(
-        build(
-            "batch.global_sequences=8", "mup.base.tokens=null", *(f"mup.eta.{role}=1" for role in TARGET["mup"]["eta"])
-        )
-    )  # the widths alone
-    for theirs, name in (
-        (net.embedding.weight, "embedding.token"),
-        (net.up.weight, "blocks.0.mlp.up.weight"),
-        (net.up.bias, "blocks.0.mlp.up.bias"),
-        (net.down.weight, "blocks.0.mlp.down.weight"),
-        (net.readout.weight, "readout.weight"),
-    ):
-        assert ours[name].lr_scale == pytest.approx(lr[id(theirs)]), name
-    assert ours["readout.weight"].multiplier == pytest.approx(net.readout.output_mult / net.readout.width_mult())
-
-
-# --------------------------------------------------------------------------- what it is for
-
-
-WIDTHS = (32, 64, 128, 256)
-TOKENS_SEEN = torch.randint(64, (4, 17), generator=torch.Generator().manual_seed(0))
-
-
-def coordinates(net: Decoder) -> tuple[Tensor, Tensor]:
-    """The logits, and what the last MLP adds to the residual stream."""
-    added: list[Tensor] = []
-    block = [layer for layer in net.layers if isinstance(layer, Block)][-1]
-    hook = block.mlp.register_forward_hook(lambda module, inputs, output: added.append(output))
-    logits = net(TOKENS_SEEN[:, :-1])
-    hook.remove()
-    return logits, added[0]
-
-
-def changes(parametrization: str, width: int, seed: int) -> Tensor:
-    """RMS changes of the coordinates after 4 steps of AdamW."""
-    shape = {"d_model": width, "n_layers": 2, "d_ff": 3 * width, "n_heads": width // 16, "d_head": 16}
-    values = {
-        "model": {"arch": "llama", "vocab_size": 64, "max_seq_len": 16, **shape},
-        "mup": {
-            "parametrization": parametrization,
-            "base": {"d_model": 32, "n_heads": 2},
-            "sigma": {"embedding": 0.5, "hidden": 0.18, "residual_out": 0.18},
-            "zero_init": {"readout": True},
-        },
-        "data": {"train": "shard"},
-        "train": {"steps": 4},
-        "run": {"seed": seed},
-    }
-    config = config_from(values)
-    net, scales = build_decoder(config), table(config)
-    groups = [{"params": [p], "lr": 0.01 * scales[spec_of(p).name].lr_scale} for p in net.parameters()]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    before = [x.detach() for x in coordinates(net)]
-    for _ in range(4):
-        optimizer.zero_grad()
-        F.cross_entropy(coordinates(net)[0].flatten(0, 1), TOKENS_SEEN[:, 1:].flatten()).backward()
-        optimizer.step()
-    after = [x.detach() for x in coordinates(net)]
-    return torch.stack([(y - x).square().mean().sqrt() for x, y in zip(before, after, strict=True)])
-
-
-def test_updates_keep_their_size_with_width_under_mup_alone() -> None:
-    """Mean over seeds, of the logits and of an MLP's output: flat under μP, growing under sp."""
-    mup, sp = (
-        torch.stack([torch.stack([changes(kind, width, seed) for seed in (1, 2, 3)]).mean(0) for width in WIDTHS])
-        for kind in ("mup", "sp")
-    )  # (width, coordinate)
-    assert (mup.amax(0) / mup.amin(0) < 2).all(), mup
-    assert (sp[-1] / sp[0] > 2).all(), sp
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("mup.parametrization=umup", "mup.sigma.hidden=0.5"), "mup: sigma has no effect under parametrization=umup"),
+        (("mup.parametrization=umup", "mup.depth=sqrt"), "mup: depth=sqrt has no effect under parametrization=umup"),
+        (("mup.parametrization=umup", "mup.scale_eps=true"), "mup: scale_eps has no effect under parametrization=umup"),
+        (("mup.alpha.activation=2",), r"mup: alpha\.activation and alpha\.attention_ratio belong to .*umup"),
+        (("mup.alpha.attention_ratio=2", "mup.parametrization=sp"), r"mup: alpha\.activation and .* belong to .*umup"),
+    ],
+)
+def test_a_value_without_effect_is_an_error(overrides: tuple[str, ...], message: str) -> None:
+    plain = "mup.sigma={embedding: 0.02, hidden: 0.02, residual_out: 0.02, readout: 0.02}"
+    with pytest.raises(MegamupError, match=message):
+        build(plain, *overrides)

@@ -1,4 +1,7 @@
-"""The layers of a decoder, each a module from one tensor to one tensor: a list of them is a model."""
+"""The layers of a decoder, each a module from one tensor to one tensor: a list of them is a model.
+
+Modules that compute something of their own have a ``name``, the same in every layout, by which probes find them.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +35,8 @@ class TokenEmbedding(VocabParallelEmbedding):
 class PositionEmbedding(nn.Module):
     """Adds learned positions: (batch, seq, d_model) -> the same."""
 
+    name = "embedding.position"
+
     def __init__(self, context: Context) -> None:
         super().__init__()
         self.weight = context.parameter("embedding.position")
@@ -46,6 +51,7 @@ class Norm(nn.Module):
 
     def __init__(self, context: Context, model: Model, name: str) -> None:
         super().__init__()
+        self.name = name
         self.weight = context.parameter(f"{name}.weight")
         self.bias = context.optional(f"{name}.bias")
         self.centred, self.eps = model.arch == "gpt", model.norm_eps
@@ -58,17 +64,30 @@ class Norm(nn.Module):
         return F.layer_norm(x, weight.shape, weight, bias, self.eps)
 
 
+class CoreAttention(nn.Module):
+    """Mix values by softmax(scale · q·k): (batch, heads / tensor, seq, d_head) -> the same as queries."""
+
+    output_is_sharded = True
+
+    def __init__(self, name: str, scales: BlockScales) -> None:
+        super().__init__()
+        self.name, self.scale, self.gain = name, scales.attention_logits, scales.attention_output
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return scaled(attention(query, key, value, self.scale), self.gain)
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention; a tensor rank holds whole heads."""
 
     def __init__(self, context: Context, model: Model, name: str, scales: BlockScales) -> None:
         super().__init__()
         self.axis, self.d_head = context.mesh.tensor, model.d_head
-        self.scale, self.gain = scales.attention_logits, scales.attention_output
         self.theta = model.rope_theta if model.arch == "llama" else None
         self.query = ColumnParallelLinear(context, f"{name}.query")
         self.key = ColumnParallelLinear(context, f"{name}.key")
         self.value = ColumnParallelLinear(context, f"{name}.value")
+        self.core = CoreAttention(f"{name}.core", scales)
         self.output = RowParallelLinear(context, f"{name}.output")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -81,8 +100,8 @@ class Attention(nn.Module):
         query, key, value = heads(self.query(x)), heads(self.key(x)), heads(self.value(x))
         if self.theta is not None:
             query, key = rotate(query, self.theta), rotate(key, self.theta)
-        mixed = attention(query, key, value, self.scale)  # (batch, heads / tensor, seq, d_head)
-        return self.output(scaled(mixed.transpose(1, 2).reshape(batch, seq, -1), self.gain))  # type: ignore[no-any-return]
+        mixed = self.core(query, key, value)  # (batch, heads / tensor, seq, d_head)
+        return self.output(mixed.transpose(1, 2).reshape(batch, seq, -1))  # type: ignore[no-any-return]
 
 
 class Mlp(nn.Module):
@@ -112,7 +131,7 @@ class Block(nn.Module):
 
     def __init__(self, context: Context, model: Model, layer: int, scales: BlockScales) -> None:
         super().__init__()
-        name = f"blocks.{layer}"
+        self.name = name = f"blocks.{layer}"
         self.attention_norm = Norm(context, model, f"{name}.attention_norm")
         self.attention = Attention(context, model, f"{name}.attention", scales)
         self.mlp_norm = Norm(context, model, f"{name}.mlp_norm")
@@ -130,6 +149,9 @@ def joined(x: Tensor, added: Tensor, at: Branch) -> Tensor:
 
 class Readout(nn.Module):
     """(batch, seq, d_model) -> (batch, seq, vocab / tensor)."""
+
+    name = "readout"
+    output_is_sharded = True
 
     def __init__(self, context: Context) -> None:
         super().__init__()

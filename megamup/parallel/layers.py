@@ -76,8 +76,11 @@ class ColumnParallelLinear(nn.Module):
     The caller has entered the sharded region once (`copy_to_axis`) for all column layers that share an input.
     """
 
+    output_is_sharded = True
+
     def __init__(self, context: Context, name: str) -> None:
         super().__init__()
+        self.name = name
         self.weight = context.parameter(f"{name}.weight")
         self.bias = context.optional(f"{name}.bias")
         self.multiplier = context.table[f"{name}.weight"].multiplier
@@ -91,7 +94,7 @@ class RowParallelLinear(nn.Module):
 
     def __init__(self, context: Context, name: str) -> None:
         super().__init__()
-        self.axis = context.mesh.tensor
+        self.name, self.axis = name, context.mesh.tensor
         self.weight = context.parameter(f"{name}.weight")
         self.bias = context.optional(f"{name}.bias")
         self.multiplier = context.table[f"{name}.weight"].multiplier
@@ -106,7 +109,7 @@ class VocabParallelEmbedding(nn.Module):
 
     def __init__(self, context: Context, name: str) -> None:
         super().__init__()
-        self.axis, self.dtype = context.mesh.tensor, context.dtype
+        self.name, self.axis, self.dtype = name, context.mesh.tensor, context.dtype
         self.weight = context.parameter(name)
         self.multiplier = context.table[name].multiplier
         self.start, self.stop = shard_bounds(context.inventory[name], self.axis)

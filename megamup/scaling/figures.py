@@ -1,12 +1,11 @@
 """The report's figures, drawn by matplotlib as SVG that takes its colours from the page."""
 
-import io
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from megamup.page import FITTED, GRID, HELD, INK, MUTED
 from megamup.scaling.fit_file import Result
 from megamup.scaling.laws import FloatArray
 from megamup.scaling.runs import Curve, Point
@@ -16,14 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# matplotlib knows no CSS. It draws in these colours, each used for nothing else, and `to_svg` turns them
-# into the page's variables, so that one drawing serves light, dark and print.
-INK, MUTED, GRID = "#1f2328", "#59636e", "#d8dee4"
-FITTED, HELD = "#0b63ce", "#c2410c"
-VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", FITTED: "fitted", HELD: "held"}
-
 SIZE = (8.4, 4.2)
-XLINK = "http://www.w3.org/1999/xlink"
 BAND_POINTS = 160
 CURVE_POINTS = 300
 
@@ -99,34 +91,6 @@ def curve_figure(curves: Sequence[tuple[str, Curve]], held: Sequence[tuple[str, 
     columns = 1 + (len(curves) + len(held)) // 12
     _legend(axes, columns, 8)
     return figure
-
-
-def to_svg(figure: "Figure", name: str, description: str) -> str:
-    """The figure as one inline `<svg>` element, with ids of its own and colours from the page's variables.
-
-    `name` starts every id; `description` is what a screen reader says, and must be escaped already.
-    """
-    import matplotlib as mpl
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-
-    buffer = io.StringIO()
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        FigureCanvasSVG(figure).print_figure(buffer, format="svg", metadata={"Date": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'\bid="', f'id="{name}-', svg)
-    svg = re.sub(r'(href="|url\()#', rf"\1#{name}-", svg)
-    # The page's own font and colours; matplotlib's are inline and would win.
-    svg = re.sub(r"'DejaVu Sans'[^;\"]*sans-serif", "inherit", svg)
-    svg = re.sub(r"font: ([\d.]+px) inherit", r"font-size: \1", svg)
-    for color, variable in VARIABLES.items():
-        svg = svg.replace(color, f"var(--{variable})")
-    opening, drawing = svg.split(">", maxsplit=1)
-    view_box = opening[opening.index("viewBox=") :].split('"')[1]
-    # Without matplotlib's width and height, so that the page sizes it.
-    head = f'<svg role="img" aria-label="{description}" viewBox="{view_box}" xmlns:xlink="{XLINK}">'
-    return f"{head}<title>{description}</title>{drawing}"
 
 
 def _axes(x_label: str, y_label: str) -> tuple["Figure", "Axes"]:

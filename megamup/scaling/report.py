@@ -7,14 +7,15 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from megamup.errors import MegamupError
-from megamup.scaling.figures import curve_figure, law_figure, residual_figure, to_svg
+from megamup.page import figure_section, page, table_section
+from megamup.scaling.figures import curve_figure, law_figure, residual_figure
 from megamup.scaling.fit import OBJECTIVES
 from megamup.scaling.fit_file import Result
 from megamup.scaling.runs import Curve, Point, read_curve
 from megamup.scaling.uncertainty import Interval, predict
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def make_report(result: Result, held: Sequence[Point], command: str) -> str:
         _summary(result),
         _headline(judge(result, held)),
         _warnings(result.warnings + missing + held_missing),
-        _figure(
+        figure_section(
             law_figure(result, held),
             "law",
             f"Loss against {result.x}",
@@ -73,7 +74,7 @@ def make_report(result: Result, held: Sequence[Point], command: str) -> str:
             "confidence if the law goes on as fitted. It knows the noise of the runs, not a change of "
             "regime beyond them.",
         ),
-        _figure(
+        figure_section(
             residual_figure(result, held),
             "residuals",
             "Residuals",
@@ -87,9 +88,9 @@ def make_report(result: Result, held: Sequence[Point], command: str) -> str:
     ]
     if curves or held_curves:
         caption = "Training loss of each run against the tokens it has seen (means over bins of steps)."
-        curve_section = _figure(curve_figure(curves, held_curves), "curves", "Training curves", caption)
+        curve_section = figure_section(curve_figure(curves, held_curves), "curves", "Training curves", caption)
         sections.insert(5, curve_section)
-    return _PAGE.format(title=f"Scaling law {escape(formula)}", style=_STYLE, body="\n".join(filter(None, sections)))
+    return page(f"Scaling law {formula}", sections)
 
 
 def _curves(points: Sequence[Point]) -> tuple[list[tuple[str, Curve]], list[str]]:
@@ -147,16 +148,9 @@ def _warnings(warnings: Sequence[str]) -> str:
     return f"<section class='warning' role='note'><h2>Warnings</h2><ul>{items}</ul></section>"
 
 
-def _figure(figure: "Figure", name: str, title: str, caption: str) -> str:
-    svg = to_svg(figure, name, escape(f"{title}. {caption}"))
-    return (
-        f"<section><h2>{escape(title)}</h2><figure>{svg}<figcaption>{escape(caption)}</figcaption></figure></section>"
-    )
-
-
 def _parameters(result: Result) -> str:
     rows = [(name, f"{value:.6g}", *_ends(result.intervals[name])) for name, value in result.fit.parameters.items()]
-    return _table("Parameters", ("parameter", "value", "95% low", "95% high"), rows)
+    return table_section("Parameters", ("parameter", "value", "95% low", "95% high"), rows)
 
 
 def _ends(interval: Interval) -> tuple[str, str]:
@@ -180,7 +174,7 @@ def _points(result: Result, held: Sequence[Point]) -> str:
                     residual,
                 )
             )
-    return _table("Runs", ("run", "use", result.x, "loss", "law", "residual %"), rows)
+    return table_section("Runs", ("run", "use", result.x, "loss", "law", "residual %"), rows)
 
 
 def _diagnostics(result: Result) -> str:
@@ -196,7 +190,7 @@ def _diagnostics(result: Result) -> str:
         ("condition number of the scaled Jacobian", f"{diagnostics.condition_number:.3g}"),
         ("parameters at a bound", ", ".join(diagnostics.at_bound) or "none"),
     ]
-    return _table("Diagnostics", ("what", "value"), rows)
+    return table_section("Diagnostics", ("what", "value"), rows)
 
 
 def _provenance(result: Result, command: str) -> str:
@@ -212,83 +206,8 @@ def _provenance(result: Result, command: str) -> str:
         ("reported", f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC"),
         ("reported with", command),
     ]
-    return _table("Provenance", ("what", "value"), rows)
-
-
-def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th scope='col'>{escape(cell)}</th>" for cell in header)
-    # A table of two columns is words; in a wider one all but the names are figures.
-    kind = "words" if len(header) == 2 else "figures"
-    body = ""
-    for name, *cells in rows:
-        values = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-        body += f"<tr><th scope='row'>{escape(name)}</th>{values}</tr>"
-    return (
-        f"<section><h2>{escape(title)}</h2><div class='scroll'><table class='{kind}'>"
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></section>"
-    )
+    return table_section("Provenance", ("what", "value"), rows)
 
 
 def _signed(value: float) -> str:
     return f"{value:+.2f}".replace("-", "−")
-
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<main>
-<h1>{title}</h1>
-{body}
-</main>
-</body>
-</html>
-"""
-
-_STYLE = """
-:root { --paper: #ffffff; --panel: #f6f8fa; --ink: #1f2328; --muted: #59636e; --grid: #d8dee4;
-  --fitted: #0b63ce; --held: #c2410c; --good: #1a7f37; --bad: #cf222e; --doubt: #9a6700; }
-@media (prefers-color-scheme: dark) { :root { --paper: #0d1117; --panel: #161b22; --ink: #e6edf3;
-  --muted: #9aa4af; --grid: #30363d; --fitted: #58a6ff; --held: #ff9e64; --good: #3fb950; --bad: #ff7b72;
-  --doubt: #d8a629; } }
-@media print { :root { --paper: #ffffff; --panel: #ffffff; --ink: #000000; --muted: #444444; --grid: #cccccc;
-  --fitted: #0b63ce; --held: #c2410c; } section, figure { break-inside: avoid; } main { padding: 0; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 60rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
-h1 { font-size: 1.7rem; margin: 0 0 1.25rem; }
-h2 { font-size: 1.1rem; margin: 0 0 .5rem; }
-section { margin: 0 0 2rem; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(19rem, 1fr)); gap: 1rem;
-  margin-bottom: 2rem; }
-.card { background: var(--panel); border: 1px solid var(--grid); border-left: 4px solid var(--doubt);
-  border-radius: 8px; padding: 1rem 1.25rem; margin: 0; }
-.card small { color: var(--muted); font-weight: normal; }
-.card dl { display: flex; gap: 2rem; margin: .5rem 0; }
-.card dt { color: var(--muted); font-size: .85rem; }
-.card dd { margin: 0; font-size: 1.6rem; font-weight: 600; font-variant-numeric: tabular-nums; }
-.card p { margin: 0; color: var(--muted); font-size: .9rem; }
-.inside { border-left-color: var(--good); } .inside strong { color: var(--good); }
-.outside { border-left-color: var(--bad); } .outside strong { color: var(--bad); }
-.unknown strong { color: var(--doubt); }
-.lead { color: var(--muted); }
-.warning { border: 1px solid var(--doubt); border-radius: 8px; padding: .75rem 1.25rem; }
-.warning h2 { color: var(--doubt); } .warning ul { margin: 0; padding-left: 1.2rem; }
-figure { margin: 0; } figure svg { width: 100%; height: auto; display: block; }
-figcaption { color: var(--muted); font-size: .9rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .75rem .35rem 0; border-bottom: 1px solid var(--grid); text-align: left;
-  vertical-align: top; }
-thead th { color: var(--muted); font-weight: 500; } tbody th { font-weight: 500; }
-.figures td, .figures thead th:not(:first-child) { white-space: nowrap; text-align: right;
-  padding: .35rem 0 .35rem .75rem; }
-.words tbody th { white-space: nowrap; padding-right: 2rem; } .words td { overflow-wrap: anywhere; }
-code { font-size: .92em; }
-"""

@@ -17,6 +17,7 @@ from megamup.parallel.mesh import Mesh, build_mesh
 from megamup.train import checkpoint, distributed, run_folder
 from megamup.train.engine import Engine, build_engine, weigh
 from megamup.train.metrics import Recorder, peak_flops
+from megamup.train.monitor import Monitor
 from megamup.train.schedule import lr_factor
 
 
@@ -37,6 +38,7 @@ class Training:
     train_data: BatchStream
     valid_data: BatchStream | None
     recorder: Recorder
+    monitor: Monitor
 
 
 def train(config: Config) -> dict[str, float]:
@@ -70,11 +72,14 @@ def train_step(run: Training, step: int) -> dict[str, float]:
     config, due = run.config, Due(run.config, step + 1)
     lr = config.optim.lr * lr_factor(config.schedule, step, config.train.steps)
     batch, _ = weigh(read(run.train_data, step), run.mesh.data, run.device)
-    result = run.engine.train_batch(batch, lr)
+    with run.monitor.watching(due.monitor):
+        result = run.engine.train_batch(batch, lr)
     finite(result.loss, step + 1, config)
     if not (due.log or due.evaluation or due.save):
         return {}
     values = {"loss": result.loss, "lr": lr, "grad_norm": result.grad_norm}
+    if due.monitor:
+        values |= run.monitor.values()
     if due.evaluation:
         with run.recorder.pause():
             values["valid_loss"] = finite(evaluate(run), step + 1, config)
@@ -99,7 +104,8 @@ class Due:
 
     def __init__(self, config: Config, step: int) -> None:
         train, last = config.train, step == config.train.steps
-        self.log = last or step % train.log_every == 0 or step == 1
+        self.monitor = bool(train.monitor_every) and step % train.monitor_every == 0
+        self.log = last or step % train.log_every == 0 or step == 1 or self.monitor
         self.evaluation = config.data.valid is not None and (
             last or (bool(train.eval_every) and step % train.eval_every == 0)
         )
@@ -162,7 +168,8 @@ def start(config: Config, world_size: int, resumed: tuple[int, Path] | None) -> 
         if resumed:
             print(f"resuming from {resumed[1]}", flush=True)
     recorder = Recorder(config, peak["peak_flops"], step, first, device)
-    return Training(config, mesh, device, engine, train_data, valid_data, recorder)
+    monitor = Monitor(config, mesh, engine, device)
+    return Training(config, mesh, device, engine, train_data, valid_data, recorder, monitor)
 
 
 def already_done(config: Config, path: Path) -> dict[str, float]:

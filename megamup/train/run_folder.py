@@ -17,7 +17,15 @@ from megamup.files import write_json_atomic, write_text_atomic
 from megamup.parameters import count
 from megamup.train import checkpoint
 
-FREE_TO_CHANGE = ("train.log_every", "train.eval_every", "train.eval_sequences", "train.save_every", "log.", "run.dir")
+FREE_TO_CHANGE = (
+    "train.log_every",
+    "train.eval_every",
+    "train.eval_sequences",
+    "train.save_every",
+    "train.monitor_every",
+    "log.",
+    "run.dir",
+)
 """Keys that may differ when a run is resumed: they change what is written, not what is computed."""
 
 

@@ -1,0 +1,323 @@
+"""Coordinate check: is this config, in this layout, maximally updated at every width (or depth)?
+
+Models of growing size train some steps on the config's own data. Under μP the size of every module's output at
+initialization, and of its change since, is independent of width (Yang et al. 2022, appendix D.1), so the slope of
+log RMS on log width is zero. What shrinks at initialization by design (logits, what starts at zero) is judged by its
+change alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from megamup.config import Config, config_from, dump_config
+from megamup.errors import MegamupError
+
+Axis = Literal["width", "depth"]
+Grow = Literal["heads", "d_head"]
+Rms = dict[str, list[tuple[float, float]]]
+"""{module: (RMS, RMS of the change) at initialization and after each step}."""
+
+
+@dataclass(frozen=True)
+class Slopes:
+    """Of one module: log RMS on log size, by step. None where an RMS is zero, as a zero start's."""
+
+    module: str
+    rms: list[float | None]
+    change: list[float | None]
+    judged_at_init: bool
+    judged_change: bool
+
+    def outside(self, tolerance: float) -> list[str]:
+        """What of it leaves the tolerance: ``init``, ``change``."""
+        found = []
+        for judged, slope, what in (
+            (self.judged_at_init, self.rms[0], "init"),
+            (self.judged_change, self.change[-1], "change"),
+        ):
+            if judged and (slope is None or abs(slope) > tolerance):
+                found.append(what)
+        return found
+
+
+@dataclass(frozen=True)
+class Check:
+    """One coordinate check, whole."""
+
+    config: Config
+    axis: Axis
+    sizes: tuple[int, ...]
+    tolerance: float
+    seeds: int
+    rms: dict[int, Rms]
+    """By size; geometric means over the seeds."""
+    slopes: list[Slopes]
+
+    @property
+    def flat(self) -> bool:
+        return not any(slope.outside(self.tolerance) for slope in self.slopes)
+
+
+# --------------------------------------------------------------------------- the models
+
+
+def at_width(config: Config, width: int, grow: Grow = "heads", fixed_kv: bool = False) -> Config:
+    """The config at another ``d_model``: d_ff in proportion, more heads (or larger ones), the base as it is.
+
+    Raises:
+        MegamupError: the width doesn't hold whole heads, or d_ff or the key heads come out broken.
+    """
+    model = config.model
+    values = config.model_dump(mode="json")
+    changed: dict[str, int] = {"d_model": width, "d_ff": proportional("d_ff", model.d_ff, width, model.d_model)}
+    if grow == "d_head":
+        changed["d_head"] = proportional("d_head", model.d_head, width, model.d_model)
+    else:
+        changed["n_heads"] = proportional("n_heads", model.n_heads, width, model.d_model)
+        if not fixed_kv:
+            changed["n_kv_heads"] = proportional("n_kv_heads", model.n_kv_heads, width, model.d_model)
+    values["model"] |= changed
+    base = values["mup"]["base"]
+    for key in ("d_model", "d_ff", "n_heads", "n_kv_heads", "d_head"):
+        if base[key] is None and base["d_model"] is None:
+            base[key] = getattr(model, key)  # no base given: the config's own model is it
+    return checked(values, f"width {width}")
+
+
+def at_depth(config: Config, n_layers: int) -> Config:
+    """The config with another number of layers; without a base depth, the config's own is the base."""
+    values = config.model_dump(mode="json")
+    values["model"]["n_layers"] = n_layers
+    values["mup"]["base"]["n_layers"] = values["mup"]["base"]["n_layers"] or config.model.n_layers
+    return checked(values, f"depth {n_layers}")
+
+
+def proportional(key: str, value: int, width: int, d_model: int) -> int:
+    whole, rest = divmod(value * width, d_model)
+    if rest or whole == 0:
+        raise MegamupError(
+            f"--widths {width}: model.{key}={value} of d_model={d_model} would become {value * width / d_model:g}; "
+            f"use widths that keep it whole"
+        )
+    return whole
+
+
+def checked(values: dict[str, Any], what: str) -> Config:
+    try:
+        return config_from(values)
+    except MegamupError as error:
+        raise MegamupError(f"{what}: {error}") from None
+
+
+def short_run(config: Config, steps: int, seed: int) -> Config:
+    """The same model trained ``steps`` steps at the peak rate, for its coordinates."""
+    values = config.model_dump(mode="json")
+    values["train"] |= {"steps": steps, "eval_every": 0, "eval_sequences": None}
+    values["schedule"] |= {"kind": "constant", "warmup_steps": 0}
+    values["run"]["seed"] = config.run.seed + seed
+    return config_from(values)
+
+
+# --------------------------------------------------------------------------- measuring
+
+
+def measure(variants: dict[int, Config], steps: int, seeds: int, world_size: int) -> dict[int, Rms]:
+    """Train every size (the largest first: what doesn't fit fails early) and return its coordinates."""
+    found: dict[int, Rms] = {}
+    total = sum(variants) * seeds
+    with tqdm(total=total, desc="coordinate check", unit="width", leave=False) as bar:
+        for size in sorted(variants, reverse=True):
+            bar.set_postfix(size=size)
+            runs = []
+            for seed in range(seeds):
+                runs.append(run(short_run(variants[size], steps, seed), world_size))
+                bar.update(size)
+            found[size] = mean(runs)
+    return {size: found[size] for size in variants}
+
+
+def run(config: Config, world_size: int) -> Rms:
+    """Coordinates of one model, on forked ranks of this host."""
+    import os
+
+    from megamup.train.coordinates import coordinates
+    from megamup.train.fork import run_ranks
+
+    threads = max(1, (os.cpu_count() or 1) // world_size)
+    steps = run_ranks(coordinates, world_size, config, threads=threads)[0]
+    return {name: [(step[name].rms, step[name].change) for step in steps] for name in steps[0]}
+
+
+def mean(runs: Sequence[Rms]) -> Rms:
+    """Geometric mean over seeds, as the fit is in logarithms."""
+
+    def middle(values: Sequence[float]) -> float:
+        return math.exp(sum(map(math.log, values)) / len(values)) if all(value > 0 for value in values) else 0.0
+
+    return {
+        name: [
+            (middle([run[name][step][0] for run in runs]), middle([run[name][step][1] for run in runs]))
+            for step in range(len(runs[0][name]))
+        ]
+        for name in runs[0]
+    }
+
+
+# --------------------------------------------------------------------------- judging
+
+
+def slope(sizes: Sequence[int], values: Sequence[float]) -> float | None:
+    """Least-squares slope of log value on log size; None where a value is zero or not finite."""
+    if min(values) <= 0 or not np.all(np.isfinite(values)):
+        return None
+    return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
+
+
+def fit(rms: dict[int, Rms], judged: Callable[[str], tuple[bool, bool]]) -> list[Slopes]:
+    sizes = list(rms)
+    first = rms[sizes[0]]
+    found = []
+    for name, steps in first.items():
+        by_step = [[rms[size][name][step] for size in sizes] for step in range(len(steps))]
+        sizes_rms = [slope(sizes, [pair[0] for pair in pairs]) for pairs in by_step]
+        changes = [slope(sizes, [pair[1] for pair in pairs]) for pairs in by_step]
+        found.append(Slopes(name, sizes_rms, changes, *judged(name)))
+    return found
+
+
+def shrinks_at_init(config: Config, grow: Grow, fixed_kv: bool) -> tuple[str, ...]:
+    """Endings of the modules whose output at initialization falls with width by design."""
+    zero, found = config.mup.zero_init, ["readout"]  # the readout sums n random terms, divided by n
+    if zero.query:
+        found += ["attention.query"]
+    if zero.query or grow == "d_head":  # q·k over d_head, of vectors not correlated yet
+        found += ["attention.logits"]
+    if fixed_kv:  # see mup.py: keys and values of fixed size are a kind of readout
+        found += ["attention.key", "attention.value", "attention.logits", "attention.core", "attention.output"]
+    if zero.residual_out:
+        found += ["attention.output", "mlp.down"]
+    return tuple(found)
+
+
+def check_width(
+    config: Config,
+    widths: Sequence[int],
+    steps: int = 10,
+    seeds: int = 1,
+    tolerance: float = 0.1,
+    grow: Grow = "heads",
+    fixed_kv: bool = False,
+) -> Check:
+    """Train and judge. Raises MegamupError where a width is impossible, before anything is trained."""
+    variants = sizes_of(widths, "--widths", lambda width: at_width(config, width, grow, fixed_kv))
+    rms = measure(variants, steps, seeds, ranks(config))
+    shrinking = shrinks_at_init(config, grow, fixed_kv)
+
+    def judged(name: str) -> tuple[bool, bool]:
+        return not name.endswith(shrinking), True
+
+    return Check(config, "width", tuple(variants), tolerance, seeds, rms, fit(rms, judged))
+
+
+def check_depth(
+    config: Config, depths: Sequence[int], steps: int = 10, seeds: int = 1, tolerance: float = 0.1
+) -> Check:
+    """The same over depth; blocks are compared as first and last, since their number differs.
+
+    Inside the blocks only CompleteP promises a size that depth doesn't change: depth-μP's branches learn ever less
+    (Dey et al. 2025, section 4), and without a rule the stream itself grows. So the stream is always judged, the
+    branches under ``mup.depth=completep``.
+    """
+    variants = sizes_of(depths, "--depths", lambda depth: at_depth(config, depth))
+    measured = measure(variants, steps, seeds, ranks(config))
+    rms = {depth: ends(found, depth) for depth, found in measured.items()}
+    inner = config.mup.depth == "completep"
+    shrinking = shrinks_at_init(config, "heads", fixed_kv=False)
+
+    def judged(name: str) -> tuple[bool, bool]:
+        stream = name.count(".") < 2
+        return (inner or stream) and not name.endswith(shrinking), inner or stream
+
+    return Check(config, "depth", tuple(variants), tolerance, seeds, rms, fit(rms, judged))
+
+
+def ends(found: Rms, depth: int) -> Rms:
+    """First and last block under names that every depth has."""
+    renamed = {}
+    for name, values in found.items():
+        parts = name.split(".")
+        if parts[0] != "blocks":
+            renamed[name] = values
+        for block, end in ((0, "first"), (depth - 1, "last")):
+            if parts[:2] == ["blocks", str(block)]:
+                renamed[".".join(["blocks", end, *parts[2:]])] = values
+    return renamed
+
+
+def sizes_of(sizes: Sequence[int], flag: str, variant: Callable[[int], Config]) -> dict[int, Config]:
+    if len(set(sizes)) < 2:
+        raise MegamupError(f"{flag} {','.join(map(str, sizes))}: a slope needs at least two different sizes")
+    return {size: variant(size) for size in sorted(set(sizes))}
+
+
+def ranks(config: Config) -> int:
+    return config.parallel.tensor * config.parallel.pipeline
+
+
+# --------------------------------------------------------------------------- showing
+
+
+def as_json(check: Check) -> dict[str, Any]:
+    return {
+        "axis": check.axis,
+        "sizes": list(check.sizes),
+        "tolerance": check.tolerance,
+        "seeds": check.seeds,
+        "flat": check.flat,
+        "layout": {"tensor": check.config.parallel.tensor, "pipeline": check.config.parallel.pipeline},
+        "parametrization": check.config.mup.parametrization,
+        "slopes": {
+            slope.module: {
+                "rms": slope.rms,
+                "change": slope.change,
+                "judged_at_init": slope.judged_at_init,
+                "judged_change": slope.judged_change,
+                "outside": slope.outside(check.tolerance),
+            }
+            for slope in check.slopes
+        },
+        "rms": {str(size): found for size, found in check.rms.items()},
+        "config": dump_config(check.config),
+    }
+
+
+def lines(check: Check) -> Iterator[str]:
+    """The table as text."""
+    steps = len(check.slopes[0].rms) - 1
+    width = max(len(slope.module) for slope in check.slopes)
+    low, high = check.sizes[0], check.sizes[-1]
+    yield f"{'slope of log RMS on log ' + check.axis:<{width}}  {'output':>8}{'change':>9}    change's RMS"
+    yield f"{'':<{width}}  {'at init':>8}{f'step {steps}':>9}    {f'{low}':>9}{f'{high}':>10}"
+    for found in check.slopes:
+        first, last = (check.rms[size][found.module][-1][1] for size in (low, high))
+        init = shown(found.rms[0]) if found.judged_at_init else f"({shown(found.rms[0])})"
+        change = shown(found.change[-1]) if found.judged_change else f"({shown(found.change[-1])})"
+        wrong = found.outside(check.tolerance)
+        mark = f"  <- {' and '.join(wrong)} not flat" if wrong else ""
+        yield f"{found.module:<{width}}  {init:>8}{change:>9}    {first:>9.3g}{last:>10.3g}{mark}"
+    bad = sum(bool(found.outside(check.tolerance)) for found in check.slopes)
+    layout = f"tensor={check.config.parallel.tensor}, pipeline={check.config.parallel.pipeline}"
+    verdict = "flat" if check.flat else f"NOT flat: {bad} of {len(check.slopes)} modules are outside"
+    bound = f"|slope| <= {check.tolerance:g}; (..) is not judged"
+    yield f"{check.config.mup.parametrization}, {layout}: {verdict} ({bound})"
+
+
+def shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.3f}"

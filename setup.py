@@ -32,6 +32,7 @@ setup(
         "deepspeed>=0.19.8",
         "matplotlib>=3.8",
         "numpy>=1.26",
+        "optuna>=5",
         "pydantic>=2.7",
         "pyyaml>=6",
         "scipy>=1.11",

@@ -45,6 +45,11 @@ class Config(Section):
         return self.batch.global_sequences * self.seq_len
 
     @property
+    def tokens(self) -> int:
+        """Tokens of the whole run."""
+        return self.batch_tokens * self.train.steps
+
+    @property
     def zero_stage(self) -> int:
         return zero_stage(load_deepspeed(self.deepspeed))
 

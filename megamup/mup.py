@@ -68,7 +68,7 @@ def ratios(config: Config) -> Ratios:
         group = (model.n_heads / model.n_kv_heads) / ((base.n_heads or model.n_heads) / base.n_kv_heads)
     n_layers = base.n_layers or model.n_layers
     batch = config.batch_tokens / base.batch_tokens if base.batch_tokens else 1.0
-    tokens = config.batch_tokens * config.train.steps / base.tokens if base.tokens else 1.0
+    tokens = config.tokens / base.tokens if base.tokens else 1.0
     return Ratios(width, group, model.n_layers / n_layers, batch, tokens, d_head, n_layers)
 
 

@@ -68,7 +68,7 @@ def plan(config: Config, world_size: int) -> dict[str, Any]:
     """Everything that the config settles, as one JSON object."""
     conventions: tuple[Convention, ...] = get_args(Convention)
     per_token = {name: flops_per_token(config.model, config.seq_len, name) for name in conventions}
-    tokens = config.batch_tokens * config.train.steps
+    tokens = config.tokens
     at = ratios(config)
     return {
         "parameters": count(config.model),

@@ -53,8 +53,8 @@ class Bench:
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder, self.started = folder, list[str]()
         self.losses: Losses = lambda trial: abs(trial.config.optim.lr - 0.02)
-        monkeypatch.setattr("megamup.sweep.start_trial", self.start)
-        monkeypatch.setattr("megamup.sweep.time.sleep", lambda _: None)
+        monkeypatch.setattr("megamup.sweep.run.start_trial", self.start)
+        monkeypatch.setattr("megamup.sweep.run.time.sleep", lambda _: None)
         self.config = folder / "config.yaml"
         values = {"model": MODEL, "data": {"train": "a", "valid": "b"}, "train": {"steps": 10}}
         self.config.write_text(yaml.safe_dump(values | {"run": {"dir": str(folder / "runs")}}), encoding="utf-8")
@@ -173,9 +173,10 @@ def test_a_nan_is_never_the_best(bench: Bench) -> None:
 
 
 def test_an_unknown_metric_names_those_known(bench: Bench) -> None:
-    study, planned = bench.run({"optim.lr": [0.1]}, metric="valid_los")
+    """After the first trial, not after all."""
     with pytest.raises(MegamupError, match=r"metric=valid_los: .* has loss, step, valid_loss"):
-        write_results(study, planned)
+        bench.run({"optim.lr": [0.1, 0.2]}, metric="valid_los", jobs=1)
+    assert bench.started == ["lr=0.1"]
 
 
 def test_an_invalid_point_is_refused_before_any_is_run(bench: Bench) -> None:

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Run a study: ``tools/sweep.py STUDY.yaml [a.b=c ...]``. Finished trials are not run again.
+"""Run a study, a grid or a search: ``tools/sweep.py STUDY.yaml [a.b=c ...]``. Finished trials are not run again.
 
 Trials are run folders below run.dir/STUDY; beside them come results.json and best.yaml, which holds what the best
-trial sets and can be merged after the study's configs.
+trial sets and can be merged after the study's configs. The same command started several times, also on other hosts
+that share the folder, shares the trials; those of a worker that was killed are taken over.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import sys
 from pathlib import Path
 
 from megamup.cli import report_errors
-from megamup.sweep import load_study, run_study, table_lines, trials, write_results
+from megamup.sweep import complete, load_study, table_lines, write_results
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,10 +27,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def search(path: Path, overrides: list[str]) -> None:
     study, base = load_study(path, overrides)
-    planned = trials(study, base)
-    run_study(study, planned)
-    best = write_results(study, planned)
-    for line in table_lines(study, planned):
+    planned, promoted = complete(study, base)
+    best = write_results(study, planned, promoted)
+    for line in table_lines(study, planned, promoted):
         print(line)
     print(f"best.yaml: {best}")
 

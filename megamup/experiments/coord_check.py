@@ -278,6 +278,7 @@ def as_json(check: Check) -> dict[str, Any]:
     return {
         "axis": check.axis,
         "sizes": list(check.sizes),
+        "steps": len(check.slopes[0].rms) - 1,
         "tolerance": check.tolerance,
         "seeds": check.seeds,
         "flat": check.flat,

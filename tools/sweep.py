@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from megamup.cli import report_errors
-from megamup.sweep import complete, load_study, table_lines, write_results
+from megamup.files import write_json_atomic, write_text_atomic
+from megamup.sweep import Study, Trial, complete, load_study, table_lines, write_results
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,6 +34,23 @@ def search(path: Path, overrides: list[str]) -> None:
     for line in table_lines(study, planned, promoted):
         print(line)
     print(f"best.yaml: {best}")
+    if study.curves is not None:
+        draw_curves(study, planned, best.parent)
+
+
+def draw_curves(study: Study, planned: Sequence[Trial], folder: Path) -> None:
+    """Read the study as a transfer experiment, print its table and write curves.json, .png and .html."""
+    from megamup.experiments.curves import transfer_of
+    from megamup.experiments.transfer import lines
+    from megamup.experiments.transfer_page import figure, html
+
+    assert study.curves is not None
+    found = transfer_of(study.curves, planned, study.metric)
+    write_json_atomic(folder / "curves.json", found.as_json())
+    figure(found, folder / "curves.png")
+    write_text_atomic(folder / "curves.html", html([found], study.name, {"study": study.name}))
+    print("\n".join(["", *lines(found)]))
+    print(f"written: {folder}/curves.json, .png and .html")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ from megamup.errors import MegamupError
 
 Axis = Literal["width", "depth"]
 Grow = Literal["heads", "d_head"]
+Judgement = Literal["flat", "not lazy", "no"]
+"""``not lazy``: may not shrink with size."""
 Rms = dict[str, list[tuple[float, float]]]
 """{module: (RMS, RMS of the change) at initialization and after each step}."""
 
@@ -33,17 +35,18 @@ class Slopes:
     rms: list[float | None]
     change: list[float | None]
     judged_at_init: bool
-    judged_change: bool
+    judged_change: Judgement
 
     def outside(self, tolerance: float) -> list[str]:
         """What of it leaves the tolerance: ``init``, ``change``."""
         found = []
-        for judged, slope, what in (
-            (self.judged_at_init, self.rms[0], "init"),
-            (self.judged_change, self.change[-1], "change"),
-        ):
-            if judged and (slope is None or abs(slope) > tolerance):
-                found.append(what)
+        init, change = self.rms[0], self.change[-1]
+        if self.judged_at_init and (init is None or abs(init) > tolerance):
+            found.append("init")
+        shrinks = change is None or change < -tolerance
+        grows = change is not None and change > tolerance
+        if (shrinks and self.judged_change != "no") or (grows and self.judged_change == "flat"):
+            found.append("change")
         return found
 
 
@@ -180,7 +183,7 @@ def slope(sizes: Sequence[int], values: Sequence[float]) -> float | None:
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
 
 
-def fit(rms: dict[int, Rms], judged: Callable[[str], tuple[bool, bool]]) -> list[Slopes]:
+def fit(rms: dict[int, Rms], judged: Callable[[str], tuple[bool, Judgement]]) -> list[Slopes]:
     sizes = list(rms)
     first = rms[sizes[0]]
     found = []
@@ -220,8 +223,8 @@ def check_width(
     rms = measure(variants, steps, seeds, ranks(config))
     shrinking = shrinks_at_init(config, grow, fixed_kv)
 
-    def judged(name: str) -> tuple[bool, bool]:
-        return not name.endswith(shrinking), True
+    def judged(name: str) -> tuple[bool, Judgement]:
+        return not name.endswith(shrinking), "flat"
 
     return Check(config, "width", tuple(variants), tolerance, seeds, rms, fit(rms, judged))
 
@@ -229,11 +232,10 @@ def check_width(
 def check_depth(
     config: Config, depths: Sequence[int], steps: int = 10, seeds: int = 1, tolerance: float = 0.1
 ) -> Check:
-    """The same over depth; blocks are compared as first and last, since their number differs.
+    """The same over depth. Blocks are compared at equal shares of it: half way and last.
 
-    Inside the blocks only CompleteP promises a size that depth doesn't change: depth-μP's branches learn ever less
-    (Dey et al. 2025, section 4), and without a rule the stream itself grows. So the stream is always judged, the
-    branches under ``mup.depth=completep``.
+    The residual stream there is to change alike at every depth. Inside the blocks only CompleteP promises anything:
+    that no branch turns lazy, as depth-μP's do (Dey et al. 2025); few blocks change a little less than many.
     """
     variants = sizes_of(depths, "--depths", lambda depth: at_depth(config, depth))
     measured = measure(variants, steps, seeds, ranks(config))
@@ -241,21 +243,21 @@ def check_depth(
     inner = config.mup.depth == "completep"
     shrinking = shrinks_at_init(config, "heads", fixed_kv=False)
 
-    def judged(name: str) -> tuple[bool, bool]:
+    def judged(name: str) -> tuple[bool, Judgement]:
         stream = name.count(".") < 2
-        return (inner or stream) and not name.endswith(shrinking), inner or stream
+        return (inner or stream) and not name.endswith(shrinking), "flat" if stream else "not lazy" if inner else "no"
 
     return Check(config, "depth", tuple(variants), tolerance, seeds, rms, fit(rms, judged))
 
 
 def ends(found: Rms, depth: int) -> Rms:
-    """First and last block under names that every depth has."""
+    """The blocks half way and last, under names that every depth has."""
     renamed = {}
     for name, values in found.items():
         parts = name.split(".")
         if parts[0] != "blocks":
             renamed[name] = values
-        for block, end in ((0, "first"), (depth - 1, "last")):
+        for block, end in (((depth + 1) // 2 - 1, "half"), (depth - 1, "last")):
             if parts[:2] == ["blocks", str(block)]:
                 renamed[".".join(["blocks", end, *parts[2:]])] = values
     return renamed
@@ -309,7 +311,7 @@ def lines(check: Check) -> Iterator[str]:
     for found in check.slopes:
         first, last = (check.rms[size][found.module][-1][1] for size in (low, high))
         init = shown(found.rms[0]) if found.judged_at_init else f"({shown(found.rms[0])})"
-        change = shown(found.change[-1]) if found.judged_change else f"({shown(found.change[-1])})"
+        change = shown(found.change[-1]) if found.judged_change != "no" else f"({shown(found.change[-1])})"
         wrong = found.outside(check.tolerance)
         mark = f"  <- {' and '.join(wrong)} not flat" if wrong else ""
         yield f"{found.module:<{width}}  {init:>8}{change:>9}    {first:>9.3g}{last:>10.3g}{mark}"

@@ -89,7 +89,7 @@ def html(check: Check) -> str:
 def rows(check: Check) -> Iterator[tuple[str, ...]]:
     for slopes in check.slopes:
         init = shown(slopes.rms[0]) if slopes.judged_at_init else f"({shown(slopes.rms[0])})"
-        change = shown(slopes.change[-1]) if slopes.judged_change else f"({shown(slopes.change[-1])})"
+        change = shown(slopes.change[-1]) if slopes.judged_change != "no" else f"({shown(slopes.change[-1])})"
         sizes = (f"{check.rms[size][slopes.module][-1][1]:.3g}" for size in check.sizes)
         wrong = slopes.outside(check.tolerance)
         yield slopes.module, init, change, *sizes, f"{' and '.join(wrong)} not flat" if wrong else "flat"

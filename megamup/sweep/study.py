@@ -96,6 +96,18 @@ class Promote(Section):
         return self.overrides | ({} if self.steps is None else {"train.steps": self.steps})
 
 
+class Curves(Section):
+    """The study as a transfer experiment: loss against the learning rate, one U-curve a size."""
+
+    size: str
+    """Config key (or ``batch_tokens``, ``tokens``) whose growth the rate is to survive."""
+    group: str
+    """Config key whose values are drawn side by side."""
+    rate: str = "optim.lr"
+    axis: str | None = None
+    """What to call the sizes; default: the last part of ``size``."""
+
+
 class Study(Section):
     name: str
     """Folder of the trials, below ``run.dir``."""
@@ -119,6 +131,8 @@ class Study(Section):
     """When a diverging run is stopped; null: never, short of an infinite loss."""
     stability: Stability = Stability()
     promote: Promote | None = None
+    curves: Curves | None = None
+    """Write curves.json, .png and .html, and print how far the best rate moves."""
     lease_s: PositiveFloat = 120
     """Seconds after which a trial whose worker on another host gave no sign of life is another worker's."""
 

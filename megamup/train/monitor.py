@@ -95,7 +95,7 @@ class Monitor:
 
     def see_attention(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         assert isinstance(module, CoreAttention)
-        largest = largest_attention_logit(*inputs[:2], module.scale)
+        largest = largest_attention_logit(inputs[0], inputs[1], module.scale)
         self.seen[ATTENTION] = torch.maximum(self.seen.get(ATTENTION, largest), largest)
 
     def see_stream(self, module: nn.Module, inputs: object, output: Tensor) -> None:
@@ -176,7 +176,8 @@ def largest_attention_logit(query: Tensor, key: Tensor, scale: float) -> Tensor:
 
 def squares(x: Tensor) -> Tensor:
     """Sum of squares: fp32 over pieces, fp64 over all, as one copy in fp64 would be twice ``x``."""
-    return torch.stack([piece.float().square().sum() for piece in x.flatten().split(AT_A_TIME)]).sum(dtype=torch.float64)
+    pieces = [piece.float().square().sum() for piece in x.flatten().split(AT_A_TIME)]
+    return torch.stack(pieces).sum(dtype=torch.float64)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from megamup.config import Config
 from megamup.flops import Convention, flops_per_token
-from megamup.mup import attention_scale, ratios, readout_multiplier, table
+from megamup.mup import block_scales, ratios, readout_multiplier, table
 from megamup.parameters import Parameter, count, parameters
 from megamup.sections import Model
 
@@ -86,7 +86,8 @@ def plan(config: Config, world_size: int) -> dict[str, Any]:
         "flops_convention": config.train.flops_convention,
         "state_bytes_per_rank": state_bytes(config, world_size),
         "ratios": {**at.width, "depth": at.depth, "batch": at.batch, "tokens": at.tokens},
-        "attention_scale": attention_scale(config),
+        "attention_scale": block_scales(config, 0).attention_logits,
+        "residual_branch": block_scales(config, 0).mlp.branch,
         "readout_multiplier": readout_multiplier(config),
         "table": {name: asdict(scales) for name, scales in table(config).items()},
     }
@@ -106,6 +107,8 @@ def plan_lines(config: Config, world_size: int) -> Iterator[str]:
     yield f"state per rank    {sum(state.values()) / 2**20:,.1f} MiB ({parts}), without activations"
     yield f"ratios to base    {', '.join(f'{name} {value:g}' for name, value in found['ratios'].items())}"
     yield f"attention scale   {found['attention_scale']:.6g}"
+    if found["residual_branch"] != 1:
+        yield f"residual branches x {found['residual_branch']:.6g} (the first MLP's)"
     yield f"readout           x {found['readout_multiplier']:.6g}" + (" (tied)" if config.model.tie_embeddings else "")
     yield ""
     yield from table_lines(config)

@@ -87,10 +87,11 @@ def at_width(config: Config, width: int, grow: Grow = "heads", fixed_kv: bool = 
         if not fixed_kv:
             changed["n_kv_heads"] = proportional("n_kv_heads", model.n_kv_heads, width, model.d_model)
     values["model"] |= changed
-    base = values["mup"]["base"]
-    for key in ("d_model", "d_ff", "n_heads", "n_kv_heads", "d_head"):
-        if base[key] is None and base["d_model"] is None:
-            base[key] = getattr(model, key)  # no base given: the config's own model is it
+    if config.mup.parametrization != "umup":
+        keys = ["d_model", "d_ff", "n_heads", "n_kv_heads", "d_head"]  # no base given: the config's own model is it
+        if config.mup.base.d_model is not None:
+            keys = ["n_kv_heads"] if fixed_kv else []
+        fill_base(values, config, keys)
     return checked(values, f"width {width}")
 
 
@@ -98,8 +99,17 @@ def at_depth(config: Config, n_layers: int) -> Config:
     """The config with another number of layers; without a base depth, the config's own is the base."""
     values = config.model_dump(mode="json")
     values["model"]["n_layers"] = n_layers
-    values["mup"]["base"]["n_layers"] = values["mup"]["base"]["n_layers"] or config.model.n_layers
+    if config.mup.parametrization != "umup":
+        fill_base(values, config, ["n_layers"])
     return checked(values, f"depth {n_layers}")
+
+
+def fill_base(values: dict[str, Any], config: Config, keys: Sequence[str]) -> None:
+    """Write the config's own shape into what its base leaves out, so that it doesn't follow the size."""
+    base = values["mup"]["base"]
+    for key in keys:
+        if base[key] is None:
+            base[key] = getattr(config.model, key)
 
 
 def proportional(key: str, value: int, width: int, d_model: int) -> int:
@@ -209,6 +219,13 @@ def shrinks_at_init(config: Config, grow: Grow, fixed_kv: bool) -> tuple[str, ..
     return tuple(found)
 
 
+def embedding_side(config: Config) -> tuple[str, ...]:
+    """Beginnings of the modules that change as the embedding does. u-μP lets it learn ever slower, its rate being over
+    √d_model (Blake et al. 2024, section 4.4), which shows up to the first attention."""
+    inside = ("attention_norm", "attention.query", "attention.key", "attention.value", "attention.logits")
+    return ("embedding", *(f"blocks.0.{name}" for name in inside))
+
+
 def check_width(
     config: Config,
     widths: Sequence[int],
@@ -223,8 +240,10 @@ def check_width(
     rms = measure(variants, steps, seeds, ranks(config))
     shrinking = shrinks_at_init(config, grow, fixed_kv)
 
+    slowed = embedding_side(config) if config.mup.parametrization == "umup" else ()
+
     def judged(name: str) -> tuple[bool, Judgement]:
-        return not name.endswith(shrinking), "flat"
+        return not name.endswith(shrinking), "no" if name.startswith(slowed) else "flat"
 
     return Check(config, "width", tuple(variants), tolerance, seeds, rms, fit(rms, judged))
 

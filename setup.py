@@ -25,7 +25,7 @@ setup(
     package_data={
         "megamup": ["py.typed"],
         "megamup.ds_configs": ["*.json"],
-        "megamup.configs": ["*.yaml", "studies/*.yaml"],
+        "megamup.configs": ["*.yaml", "studies/*.yaml", "studies/mup/*.yaml"],
     },
     entry_points={"console_scripts": ["megamup = megamup.cli:main"]},
     install_requires=[

@@ -110,12 +110,13 @@ def steepest(check: Found) -> float:
 def apart(one: Found, other: Found) -> float:
     """The largest difference between two checks' slopes of any module at any step."""
     assert one["slopes"].keys() == other["slopes"].keys(), "the layouts have other modules"
-    return max(
+    gap: float = max(
         abs((a or 0.0) - (b or 0.0))
         for module, slopes in one["slopes"].items()
         for key in ("rms", "change")
         for a, b in zip(slopes[key], other["slopes"][module][key], strict=True)
     )
+    return gap
 
 
 def coordinate_claims(widths: tuple[int, ...]) -> list[Conclusion]:

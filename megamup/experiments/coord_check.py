@@ -132,6 +132,7 @@ def checked(values: dict[str, Any], what: str) -> Config:
 def short_run(config: Config, steps: int, seed: int) -> Config:
     """The same model trained ``steps`` steps at the peak rate, for its coordinates."""
     values = config.model_dump(mode="json")
+    values["data"]["valid"] = None
     values["train"] |= {"steps": steps, "eval_every": 0, "eval_sequences": None}
     values["schedule"] |= {"kind": "constant", "warmup_steps": 0}
     values["run"]["seed"] = config.run.seed + seed
@@ -315,9 +316,17 @@ def as_json(check: Check) -> dict[str, Any]:
             }
             for slope in check.slopes
         },
-        "rms": {str(size): found for size, found in check.rms.items()},
+        "rms": {
+            str(size): {name: [list(map(finite, pair)) for pair in steps] for name, steps in found.items()}
+            for size, found in check.rms.items()
+        },
         "config": dump_config(check.config),
     }
+
+
+def finite(value: float) -> float | None:
+    """What JSON has a word for."""
+    return value if math.isfinite(value) else None
 
 
 def lines(check: Check) -> Iterator[str]:

@@ -18,17 +18,18 @@ def transfer_of(curves: Curves, planned: Sequence[Trial], metric: str) -> Transf
     Raises:
         MegamupError: a key is no key of a run's config, or its value is no number.
     """
-    points = [
-        Point(
-            group=str(value_of(trial.config, curves.group)),
-            size=number_of(trial.config, curves.size),
-            rate=number_of(trial.config, curves.rate),
-            loss=trial.value(metric),
-            seed=trial.config.run.seed,
-        )
-        for trial in planned
-    ]
+    points = [point_of(curves, trial.config, trial.value(metric)) for trial in planned]
     return analyse(points, curves.axis or curves.size.rsplit(".", 1)[-1])
+
+
+def point_of(curves: Curves, config: Config, loss: float) -> Point:
+    return Point(
+        group=str(value_of(config, curves.group)),
+        size=number_of(config, curves.size),
+        rate=number_of(config, curves.rate),
+        loss=loss,
+        seed=config.run.seed,
+    )
 
 
 def value_of(config: Config, key: str) -> Any:

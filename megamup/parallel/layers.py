@@ -53,6 +53,14 @@ def tag(shard: nn.Parameter, spec: Parameter, axis: Axis) -> None:
     shard.tensor_model_parallel = shard.model_parallel = counted  # type: ignore[attr-defined]
 
 
+def counted(shard: nn.Parameter) -> bool:
+    """Whether this rank counts the shard where ranks add up, so that each logical element counts once.
+
+    Of replicas tensor rank 0's count, of a tied weight its first stage's, of placeholders none.
+    """
+    return bool(shard.model_parallel) and not getattr(shard, "ds_pipe_replicated", False)  # type: ignore[attr-defined]
+
+
 def spec_of(shard: nn.Parameter) -> Parameter:
     """The inventory's entry of a shard."""
     return cast(Parameter, shard.spec)  # type: ignore[attr-defined]

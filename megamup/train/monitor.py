@@ -28,7 +28,7 @@ from torch.utils.hooks import RemovableHandle
 
 from megamup.config import Config
 from megamup.models.blocks import CoreAttention
-from megamup.parallel.layers import spec_of
+from megamup.parallel.layers import counted, spec_of
 from megamup.parallel.mesh import Mesh
 from megamup.parameters import Role, parameters
 from megamup.sections import Model
@@ -195,12 +195,11 @@ def masters(engine: Engine, mesh: Mesh) -> Iterator[Master]:
     """The weights that this rank is to count: over all ranks, each logical element once.
 
     In bf16 a step may round away in the parameters, not in the fp32 vectors that ZeRO 1-3 step: of these, each data
-    rank has its own part. At ZeRO 0 data ranks are alike. Of replicas on the model's ranks, as in a gradient norm,
-    tensor rank 0's count, and of a tied weight its first stage's.
+    rank has its own part. At ZeRO 0 data ranks are alike.
     """
     groups = engine.deepspeed.basic_optimizer.param_groups
     for shard in engine.deepspeed.module.parameters():
-        if not shard.model_parallel or getattr(shard, "ds_pipe_replicated", False):  # a placeholder is neither
+        if not counted(shard):
             continue
         role = spec_of(shard).role
         if hasattr(shard, "_z3_optimizer"):

@@ -11,7 +11,7 @@ from torch import nn
 from megamup.config import Config
 from megamup.mup import table
 from megamup.parallel.collectives import all_reduce
-from megamup.parallel.layers import spec_of
+from megamup.parallel.layers import counted, spec_of
 from megamup.parallel.mesh import Mesh
 from megamup.scales import Scales
 
@@ -85,12 +85,8 @@ class ClipByGlobalNorm:
 
     def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         shards = [shard for group in optimizer.param_groups for shard in group["params"] if shard.grad is not None]
-        counted = [
-            shard.grad.float()
-            for shard in shards
-            if shard.model_parallel and not getattr(shard, "ds_pipe_replicated", False)
-        ]
-        norms = torch.stack(torch._foreach_norm(counted)) if counted else torch.zeros(1, device=shards[0].device)
+        mine = [shard.grad.float() for shard in shards if counted(shard)]
+        norms = torch.stack(torch._foreach_norm(mine)) if mine else torch.zeros(1, device=shards[0].device)
         self.norm = float(all_reduce(norms.square().sum(), self.mesh.model).sqrt())
         if 0 < self.max_norm < self.norm + 1e-6:
             torch._foreach_mul_([shard.grad for shard in shards], self.max_norm / (self.norm + 1e-6))

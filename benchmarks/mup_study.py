@@ -165,7 +165,9 @@ def summary(claims: list[Conclusion], transfers: list[Transfer]) -> str:
     where = environment()
     found = [f"{where['date']}, {where['machine']}, Python {where['python']}, `{where['command']}`.", ""]
     found += ["| claim | value | |", "|---|---|---|"]
-    found += [f"| {c.claim} | {'-' if c.value is None else f'{c.value:.3g}'} | {verdicts[c.holds]} |" for c in claims]
+    for claim in claims:
+        value = "-" if claim.value is None else f"{claim.value:.3g}"
+        found.append("| " + claim.claim.replace("|", "\\|") + f" | {value} | {verdicts[claim.holds]} |")
     for each in transfers:
         found += ["", f"## Learning rate against {each.axis}", "", markdown(each)]
     return "\n".join(found).rstrip() + "\n"
@@ -185,7 +187,10 @@ def run(widths: tuple[int, ...], studies: list[str]) -> bool:
     text = summary(claims, transfers)
     print(text)
     if widths == WIDTHS and studies == list(STUDIES):  # the committed figures are of the whole study only
+        RESULTS.mkdir(exist_ok=True)
         write_text_atomic(RESULTS / "mup_study.md", text)
+        for name, each in zip(studies, transfers, strict=True):
+            figure(each, RESULTS / f"mup_{name}.png")
         write_json_atomic(RESULTS / "mup_study.json", {"transfers": [each.as_json() for each in transfers]})
     print(f"report: {OUT / 'report.html'}")
     return all(claim.holds for claim in claims)

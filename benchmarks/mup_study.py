@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -111,7 +113,7 @@ def apart(one: Found, other: Found) -> float:
     """The largest difference between two checks' slopes of any module at any step."""
     assert one["slopes"].keys() == other["slopes"].keys(), "the layouts have other modules"
     gap: float = max(
-        abs((a or 0.0) - (b or 0.0))
+        math.inf if (a is None) != (b is None) else abs((a or 0.0) - (b or 0.0))
         for module, slopes in one["slopes"].items()
         for key in ("rms", "change")
         for a, b in zip(slopes[key], other["slopes"][module][key], strict=True)
@@ -152,7 +154,7 @@ def transfer(name: str) -> tuple[Transfer, list[Conclusion]]:
 def environment() -> dict[str, str]:
     return {
         "date": str(date.today()),
-        "machine": f"{machine()}, torch {torch.__version__}, DeepSpeed {deepspeed.__version__}",
+        "machine": f"{machine()}, {os.cpu_count()} cores, torch {torch.__version__}, DeepSpeed {deepspeed.__version__}",
         "python": python_version(),
         "command": "./dev study mup",
         "data": "that Python's standard library (tools/demo.py --shards-only), a vocabulary of 1,024",

@@ -68,6 +68,11 @@ class Config(Section):
                 f"model.n_layers={model.n_layers} is less than parallel.pipeline={pipeline}: "
                 "a stage would hold no layer; use at most one stage a layer"
             )
+        if model.tie_embeddings and self.mup.zero_init.readout:
+            raise ValueError(
+                "mup.zero_init.readout=true has no effect on a tied readout, whose weight is the embedding's; set "
+                "model.tie_embeddings=false or leave it out"
+            )
         if self.seq_len > model.max_seq_len:
             raise ValueError(f"data.seq_len={self.seq_len} is longer than model.max_seq_len={model.max_seq_len}")
         if self.schedule.warmup_steps > self.train.steps:

@@ -65,7 +65,8 @@ def ratios(config: Config) -> Ratios:
     }
     group = 1.0
     if base.n_kv_heads:
-        group = (model.n_heads / model.n_kv_heads) / ((base.n_heads or model.n_heads) / base.n_kv_heads)
+        own_heads = base.n_heads or model.n_heads / width["d_heads"]  # more heads of the same size
+        group = (model.n_heads / model.n_kv_heads) / (own_heads / base.n_kv_heads)
     n_layers = base.n_layers or model.n_layers
     batch = config.batch_tokens / base.batch_tokens if base.batch_tokens else 1.0
     tokens = config.tokens / base.tokens if base.tokens else 1.0

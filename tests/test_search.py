@@ -526,8 +526,8 @@ def test_a_promotion_that_can_t_be_is_refused_before_any_trial(bench: Bench) -> 
 
 
 def test_the_shipped_search_is_a_valid_study() -> None:
-    from megamup.sweep.run import check
+    from megamup.sweep import known_trials
 
     study, base = load_study(Path("configs/studies/proxy_search.yaml"))
     assert study.promote is not None
-    assert check(study, base)
+    assert known_trials(study, base)

@@ -3,12 +3,14 @@
 
 Trains some steps at each width, in the layout that the config names, and fits the slope of log RMS on log width of
 every module's output and of its change since initialization. Exit code 1 where one is not flat. With --output DIR also
-coord_check.json, .png and .html there.
+coord_check.json, .png and .html there. Random parts fall with width, so slopes over few or small widths are noisy: use
+four widths or more, few tokens (configs/coord_check.yaml), or --seeds.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -33,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--fixed-kv", action="store_true", help="key-value heads stay as many as the config has")
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder for coord_check.json, .png and .html")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     found: list[Check] = []
     code = report_errors(lambda: found.append(check(arguments)))
     return code or int(not found[0].flat)
@@ -43,6 +45,12 @@ def check(arguments: argparse.Namespace) -> Check:
     for flag in ("steps", "seeds"):
         if getattr(arguments, flag) < 1:
             raise MegamupError(f"--{flag} {getattr(arguments, flag)}: expected at least 1")
+    if not 0 < arguments.tolerance < math.inf:
+        raise MegamupError(f"--tolerance {arguments.tolerance}: expected a positive number, such as 0.1")
+    if arguments.depths and (arguments.fixed_kv or arguments.grow != "heads"):
+        raise MegamupError("--grow and --fixed-kv say how a width is filled; they have no part in --depths")
+    if arguments.output is not None:
+        arguments.output.mkdir(parents=True, exist_ok=True)
     config = load_config(*split_arguments(arguments.config))
     common = (arguments.steps, arguments.seeds, arguments.tolerance)
     if arguments.widths:
@@ -55,7 +63,6 @@ def check(arguments: argparse.Namespace) -> Check:
         from megamup.experiments.coord_page import figure, html
         from megamup.files import write_text_atomic
 
-        arguments.output.mkdir(parents=True, exist_ok=True)
         write_json_atomic(arguments.output / "coord_check.json", as_json(found))
         figure(found).savefig(arguments.output / "coord_check.png", dpi=130, facecolor="white")
         write_text_atomic(arguments.output / "coord_check.html", html(found))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megamup.cli import report_errors
 from megamup.files import write_json_atomic, write_text_atomic
-from megamup.sweep import Study, Trial, complete, load_study, table_lines, trials, write_results
+from megamup.sweep import Study, Trial, complete, known_trials, load_study, table_lines, write_results
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,10 +29,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def search(path: Path, overrides: list[str]) -> None:
     study, base = load_study(path, overrides)
-    if study.curves is not None and study.grid:
+    if study.curves is not None:
         from megamup.experiments.curves import point_of
 
-        point_of(study.curves, trials(study, base)[0].config, loss=0.0)  # a wrong key now, not after hours
+        point_of(study.curves, known_trials(study, base)[0].config, loss=0.0)  # a wrong key now, not after hours
     planned, promoted = complete(study, base)
     best = write_results(study, planned, promoted)
     for line in table_lines(study, planned, promoted):

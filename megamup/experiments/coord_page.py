@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from datetime import date
 from platform import machine, python_version
@@ -74,7 +75,7 @@ def html(check: Check) -> str:
     )
     caption = f"Each panel spans two decades or more; the figure in its title is the last step's slope on log {axis}."
     header = ("module", "output at init", "change at the last step", *map(str, check.sizes), "verdict")
-    where = {"date": str(date.today()), "machine": machine(), "python": python_version()}
+    where = {"date": str(date.today()), "machine": f"{machine()}, {os.cpu_count()} cores", "python": python_version()}
     return page(
         f"Coordinate check over {axis}",
         [

@@ -5,8 +5,18 @@ not run again.
 """
 
 from megamup.sweep.results import table_lines, write_results
-from megamup.sweep.run import complete, run_study
+from megamup.sweep.run import complete, known_trials, run_study
 from megamup.sweep.study import Study, load_study
 from megamup.sweep.trial import Trial, trials
 
-__all__ = ["Study", "Trial", "complete", "load_study", "run_study", "table_lines", "trials", "write_results"]
+__all__ = [
+    "Study",
+    "Trial",
+    "complete",
+    "known_trials",
+    "load_study",
+    "run_study",
+    "table_lines",
+    "trials",
+    "write_results",
+]

@@ -37,13 +37,13 @@ def complete(study: Study, base: dict[str, Any]) -> tuple[list[Trial], list[Tria
     Raises:
         MegamupError: a point is no valid config (before any is run), or a trial failed; others' results are kept.
     """
-    planned = check(study, base)
+    planned = known_trials(study, base)
     planned = run_study(study, planned) if study.search is None else run_search(study, base, planned[0])
     second = promoted(study, base, planned)
     return planned, run_study(study, second, "promoted") if second else []
 
 
-def check(study: Study, base: dict[str, Any]) -> list[Trial]:
+def known_trials(study: Study, base: dict[str, Any]) -> list[Trial]:
     """The trials that are known beforehand: the grid's, or one corner of the search; with them their promotion."""
     if study.search is None:
         known = trials(study, base)

@@ -10,6 +10,7 @@ import gc
 import multiprocessing
 import os
 import pickle
+import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -21,6 +22,8 @@ import torch._dynamo  # the first optimizer imports it: seconds that every rank 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 T = TypeVar("T")
+KEPT: list[object] = []
+"""What lives as long as the process: rank 0's store."""
 
 
 class RankError(RuntimeError):
@@ -44,8 +47,9 @@ class Ranks(Generic[T]):
         threads: int = 1,
         log: str | None = None,
     ) -> None:
-        # The ranks meet at a store of this process: a port that nobody can take in between.
-        self.store: TCPStore | None = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        # A port that nobody can take in between: this process listens, rank 0 serves. The store isn't this process's,
+        # since its thread looks up host names, and a fork during that leaves the child glibc's resolver locked.
+        meeting = socket.create_server(("127.0.0.1", 0), backlog=max(world_size, 8))
         self.results: dict[int, T] = {}
         self.pipes: list[Connection] = []
         self.processes = []
@@ -59,15 +63,16 @@ class Ranks(Generic[T]):
                 "LOCAL_WORLD_SIZE": str(world_size),
                 "OMP_NUM_THREADS": str(threads),
                 "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(self.store.port),
+                "MASTER_PORT": str(meeting.getsockname()[1]),
                 "TORCHELASTIC_USE_AGENT_STORE": "True",
             }
-            target = (send, environment, threads, log, function, arguments)
+            target = (send, environment, threads, log, meeting, function, arguments)
             process = fork.Process(target=_rank, args=target)
             process.start()
             send.close()
             self.pipes.append(receive)
             self.processes.append(process)
+        meeting.close()
 
     def poll(self, timeout_s: float | None = 0.0) -> bool:
         """Take in what ranks have to say, waiting up to ``timeout_s``; True once all are done.
@@ -99,7 +104,6 @@ class Ranks(Generic[T]):
             if process.is_alive():
                 process.kill()
                 process.join()
-        self.store = None  # now, not whenever the garbage collector runs: it owns a thread
 
 
 def run_ranks(function: Callable[..., T], world_size: int, *arguments: Any, threads: int = 1) -> list[T]:
@@ -110,11 +114,18 @@ def run_ranks(function: Callable[..., T], world_size: int, *arguments: Any, thre
         return [ranks.results[rank] for rank in range(world_size)]
 
 
+def serve(meeting: socket.socket) -> TCPStore:
+    """The store at which the ranks meet, on a socket that listens already."""
+    port, listening = meeting.getsockname()[1], os.dup(meeting.fileno())
+    return TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listening)
+
+
 def _rank(
     pipe: Connection,
     environment: dict[str, str],
     threads: int,
     log: str | None,
+    meeting: socket.socket,
     function: Callable[..., Any],
     arguments: Any,
 ) -> None:
@@ -126,6 +137,9 @@ def _rank(
         handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
+    if environment["RANK"] == "0":
+        KEPT.append(serve(meeting))
+    meeting.close()
     try:
         outcome = (False, function(*arguments))
     except Exception as error:

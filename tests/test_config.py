@@ -106,6 +106,7 @@ def test_frozen() -> None:
         (["model.d_model=66"], ["d_model=66", "n_heads=4", "d_head"]),
         (["model.n_kv_heads=3"], ["n_heads=4", "n_kv_heads=3"]),
         (["parallel.pipeline=2", "deepspeed=ds_configs/zero2.json"], ["zero2.json", "ZeRO 2", "parallel.pipeline=2"]),
+        (["model.tie_embeddings=true", "mup.zero_init.readout=true"], ["mup.zero_init.readout=true", "tied readout"]),
         (["parallel.pipeline=2", "deepspeed=ds_configs/zero3.json"], ["zero3.json", "ZeRO 3", "ds_configs/zero1.json"]),
         (["model.d_modle=64"], ["model.d_modle: unknown key", "did you mean model.d_model?"]),
         (["optm.lr=1"], ["optm: unknown key", "did you mean optim?"]),

@@ -162,6 +162,12 @@ def test_key_heads_that_stay_as_few_start_smaller() -> None:
     assert not changed("mup.base.n_kv_heads=1", base=("mup.base.n_heads=3",))
 
 
+def test_heads_of_a_base_that_names_only_its_key_heads() -> None:
+    """Width 128 over 32 with heads of one size: 8 heads over 2, so 8/2 query heads to a key head over 2/2."""
+    heads = ("model.n_heads=8", "model.d_head=16", "mup.base.n_heads=null", "mup.base.d_head=null")
+    assert ratios(build(*heads, "mup.base.n_kv_heads=2")).group == 4
+
+
 DEEPER = ("model.n_layers=8", "mup.base.n_layers=2")  # ℓ = 4
 
 

@@ -362,6 +362,8 @@ def test_attention_over_the_root_of_d_head_is_found(check: Run, monkeypatch: pyt
     [
         (("--widths", "64,128", "--steps", "0"), "--steps 0: expected at least 1"),
         (("--widths", "64,128", "--seeds", "0"), "--seeds 0: expected at least 1"),
+        (("--widths", "64,128", "--tolerance", "nan"), "--tolerance nan: expected a positive number"),
+        (("--depths", "2,4", "--fixed-kv"), "--grow and --fixed-kv say how a width is filled"),
         (("--depths", "2"), "--depths 2: a slope needs at least two different sizes"),
         (("--widths", "64,72"), "--widths 72: model.n_heads=4 of d_model=64 would become 4.5"),
     ],

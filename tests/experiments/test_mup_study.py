@@ -65,6 +65,8 @@ def test_apart_is_of_any_module_at_any_step(study: ModuleType) -> None:
     one = {"slopes": {"a": slopes([0.1, 0.2], [None, 0.3]), "b": slopes([0.0, 0.0], [None, 0.0])}}
     other = {"slopes": {"a": slopes([0.1, 0.25], [None, 0.3]), "b": slopes([0.0, 0.0], [None, -0.02])}}
     assert study.apart(one, one) == 0
+    undefined = {"slopes": one["slopes"] | {"b": slopes([0.0, 0.0], [None, None])}}
+    assert study.apart(one, undefined) == math.inf
     assert study.apart(one, other) == study.apart(other, one) == pytest.approx(0.05)
     with pytest.raises(AssertionError, match="other modules"):
         study.apart(one, {"slopes": {"a": one["slopes"]["a"]}})

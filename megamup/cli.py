@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import cast
 
 from megamup.errors import MegamupError
@@ -43,6 +43,17 @@ def programs() -> dict[str, Path]:
     return found
 
 
+def load_program(path: Path) -> ModuleType:
+    """A program's file as a module, known by name: worker processes look functions up there."""
+    spec = importlib.util.spec_from_file_location(f"megamup_program_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
 def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     known = programs()
@@ -51,13 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
     path = known[arguments[0]]
     sys.argv = [f"megamup {arguments[0]}", *arguments[1:]]
-    spec = importlib.util.spec_from_file_location(f"megamup_program_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # worker processes look functions up by module name
-    spec.loader.exec_module(module)
-    return cast(int, module.main(arguments[1:]))
+    return cast(int, load_program(path).main(arguments[1:]))
 
 
 if __name__ == "__main__":

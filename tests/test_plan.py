@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from megamup.cli import load_program
 from megamup.config import config_from, dump_config, load_config
 from megamup.plan import stage_parameters, table_lines
 
@@ -35,12 +35,7 @@ def config_file(tmp_path: Path) -> Path:
 
 
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("plan_tool", ROOT / "tools" / "plan.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_program(ROOT / "tools" / "plan.py")
 
 
 def planned(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> dict[str, Any]:

@@ -9,6 +9,8 @@ change alone.
 from __future__ import annotations
 
 import math
+import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -146,9 +148,10 @@ def measure(variants: dict[int, Config], steps: int, seeds: int, world_size: int
     """Train every size (the largest first: what doesn't fit fails early) and return its coordinates."""
     found: dict[int, Rms] = {}
     total = sum(variants) * seeds
-    with tqdm(total=total, desc="coordinate check", unit="width", leave=False) as bar:
+    every_s = 0.5 if sys.stderr.isatty() else 10
+    with tqdm(total=total, desc="coordinate check", unit="size", leave=False, mininterval=every_s) as bar:
         for size in sorted(variants, reverse=True):
-            bar.set_postfix(size=size)
+            bar.set_postfix(size=size, refresh=False)
             runs = []
             for seed in range(seeds):
                 runs.append(run(short_run(variants[size], steps, seed), world_size))
@@ -159,8 +162,6 @@ def measure(variants: dict[int, Config], steps: int, seeds: int, world_size: int
 
 def run(config: Config, world_size: int) -> Rms:
     """Coordinates of one model, on forked ranks of this host."""
-    import os
-
     from megamup.train.coordinates import coordinates
     from megamup.train.fork import run_ranks
 

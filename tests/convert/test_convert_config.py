@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from megamup.cli import load_program
 from megamup.config import Config, dump_config, load_config, merge, parse_override
 from megamup.convert.config import Proxy, convert
 from megamup.errors import MegamupError
@@ -57,12 +57,8 @@ runconfig: {max_steps: 10000, eval_steps: 10, eval_frequency: 1000, checkpoint_s
 
 
 def tool(*arguments: str | Path) -> int:
-    spec = importlib.util.spec_from_file_location("convert_tool", ROOT / "tools" / "convert_config_to_mup.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    code: int = module.main([str(argument) for argument in arguments])
+    program = load_program(ROOT / "tools" / "convert_config_to_mup.py")
+    code: int = program.main([str(argument) for argument in arguments])
     return code
 
 

@@ -1,6 +1,5 @@
 """Small shards, small tokenizers and the two programs, as fixtures."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from megamup.cli import load_program
 from megamup.data.shards import Shard, ShardWriter, publish
 from megamup.data.tokenizer_training import sentences, train_sentencepiece, write_tokenizer
 
@@ -34,12 +34,7 @@ def prose() -> str:
 
 def load_tool(name: str) -> ModuleType:
     """`tools/name.py` as a module; tools are programs, not a package."""
-    spec = importlib.util.spec_from_file_location(f"tools_{name}", ROOT / "tools" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_program(ROOT / "tools" / f"{name}.py")
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import struct
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 
 from megamup import mup
+from megamup.cli import load_program
 from megamup.config import Config, load_config
 from megamup.errors import MegamupError
 from megamup.experiments.coord_check import (
@@ -234,12 +234,7 @@ def strict(text: str) -> Found:
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("coord_check_tool", ROOT / "tools" / "coord_check.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_program(ROOT / "tools" / "coord_check.py")
 
 
 Run = Callable[..., tuple[int, Found]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from megamup.cli import load_program
 from megamup.config import Config, dump_config
 from megamup.errors import MegamupError
 from megamup.experiments.curves import number_of, transfer_of, value_of
@@ -77,12 +77,7 @@ def write_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("sweep_tool", ROOT / "tools" / "sweep.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_program(ROOT / "tools" / "sweep.py")
 
 
 def finished(path: Path, tool: ModuleType) -> list[Trial]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
+from megamup.cli import load_program
 from megamup.config import Config
 from megamup.experiments.coord_check import Check, Rms, Slopes
 from megamup.experiments.curves import number_of, value_of
@@ -25,20 +24,10 @@ WIDTHS = (64, 128)
 Found = dict[str, Any]
 
 
-def load_program() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("mup_study", ROOT / "benchmarks" / "mup_study.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclass looks its annotations up there
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The program, with folders of its own and shards that need no making."""
-    program = load_program()
+    program = load_program(ROOT / "benchmarks" / "mup_study.py")
     monkeypatch.setattr(program, "OUT", tmp_path / "mup")
     monkeypatch.setattr(program, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(program.subprocess, "run", lambda *_, **__: None)

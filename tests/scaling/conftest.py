@@ -1,6 +1,5 @@
 """Run folders as the trainer writes them, whose losses follow a law that the tests know."""
 
-import importlib.util
 import json
 import math
 from collections.abc import Callable
@@ -9,6 +8,8 @@ from types import ModuleType
 
 import pytest
 import yaml
+
+from megamup.cli import load_program
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -83,12 +84,7 @@ def ladder(make_run: MakeRun) -> list[Path]:
 @pytest.fixture(scope="session")
 def tool() -> ModuleType:
     """`tools/scaling.py` as a module."""
-    spec = importlib.util.spec_from_file_location("scaling_tool", ROOT / "tools" / "scaling.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_program(ROOT / "tools" / "scaling.py")
 
 
 @pytest.fixture(scope="session")

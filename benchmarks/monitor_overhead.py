@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from megamup.config import Config, config_from
-from megamup.data.shards import ShardWriter, publish
+from megamup.data.writer import write_corpus
 from megamup.sections import Train
 from megamup.train.fork import run_ranks
 from megamup.train.loop import start, train_step
@@ -36,10 +36,7 @@ BOUND_PERCENT = 2.0
 
 
 def write_tokens(prefix: Path, n_tokens: int) -> None:
-    with ShardWriter(str(prefix), VOCAB) as writer:
-        writer.add(np.random.default_rng(0).integers(VOCAB, size=n_tokens).astype(np.uint16), [n_tokens])
-        writer.finish(eod_id=0, tokenizer="none", tokenizer_sha256="0" * 64, text_bytes=n_tokens, sources=[])
-        publish([writer])
+    write_corpus(str(prefix), [np.random.default_rng(0).integers(VOCAB, size=n_tokens)], VOCAB, eod_id=0)
 
 
 def configured(folder: Path, steps: int) -> Config:

@@ -41,3 +41,16 @@ def write_json_atomic(path: Path, obj: Any) -> None:
         ValueError: `obj` holds NaN or infinity, which JSON has no word for.
     """
     write_text_atomic(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and removals in `folder` last.
+
+    Raises:
+        OSError: the folder can't be opened.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

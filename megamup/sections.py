@@ -201,9 +201,15 @@ class Parallel(Section):
         return world_size // model_ranks
 
 
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
 class Source(Section):
     prefix: str
     weight: PositiveFloat = 1.0
+    """Share of the training samples, relative to the other sources' weights."""
+    fraction: Share | None = None
+    """Default ``data.fraction``."""
 
 
 Sources = str | Annotated[tuple[Source, ...], Field(min_length=1)]
@@ -211,11 +217,42 @@ Sources = str | Annotated[tuple[Source, ...], Field(min_length=1)]
 
 class Data(Section):
     train: Sources
-    """Shard prefix (``.bin`` and ``.idx``), or a list of ``{prefix, weight}``."""
+    """Prefix of a corpus (``PREFIX.json`` and its shards, or Megatron's ``.bin`` and ``.idx``), or a list of
+    ``{prefix, weight, fraction}``."""
     valid: Sources | None = None
-    """The same, held out, for evaluation; every token counts once, so weights have no say."""
+    """The same, held out, for evaluation; every token counts once, so weights and fractions have no say."""
     seq_len: Positive | None = None
     """Default ``model.max_seq_len``."""
+    fraction: Share = 1.0
+    """Train on this share of the samples, for L(N, D): the same ones for every seed, and a smaller share's are among a
+    larger one's. Epochs are of the share."""
+    prefetch: Positive = 2
+    """Steps that are read ahead of training."""
+    cache: str | None = None
+    """Folder for the hashes of corpora without a manifest; default ``megamup`` in the user's cache folder."""
+
+    @property
+    def train_sources(self) -> tuple[Source, ...]:
+        return listed(self.train)
+
+    @property
+    def valid_sources(self) -> tuple[Source, ...]:
+        return () if self.valid is None else listed(self.valid)
+
+    @model_validator(mode="after")
+    def check_valid(self) -> Data:
+        weights = [source.weight for source in self.valid_sources]
+        if len(set(weights)) > 1:
+            raise ValueError(
+                f"valid: weights {weights}: every held-out token counts once, so all weights must be equal"
+            )
+        if any(source.fraction is not None for source in self.valid_sources):
+            raise ValueError("valid: a fraction has no effect: every held-out token counts once; leave it out")
+        return self
+
+
+def listed(sources: Sources) -> tuple[Source, ...]:
+    return (Source(prefix=sources),) if isinstance(sources, str) else sources
 
 
 class Batch(Section):

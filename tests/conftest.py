@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from megamup.config import Config, config_from, merge, parse_override
-from megamup.data.shards import ShardWriter, publish
+from megamup.data.writer import write_corpus
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCAB, SEQ = 256, 64
@@ -29,11 +29,8 @@ def write_shard(prefix: Path, n_tokens: int, seed: int) -> None:
     """Tokens that a model can learn something of: a noisy walk over the vocabulary."""
     rng = np.random.default_rng(seed)
     steps = rng.choice([1, 2, 3, 50], size=n_tokens, p=[0.5, 0.3, 0.15, 0.05])
-    ids = (np.cumsum(steps) % VOCAB).astype(np.uint16)
-    with ShardWriter(str(prefix), VOCAB) as writer:
-        writer.add(ids, [n_tokens // 2, n_tokens - n_tokens // 2])
-        writer.finish(eod_id=0, tokenizer="test", tokenizer_sha256="0" * 64, text_bytes=n_tokens, sources=[])
-        publish([writer])
+    ids = np.cumsum(steps) % VOCAB
+    write_corpus(str(prefix), np.split(ids, [n_tokens // 2]), VOCAB, eod_id=0)
 
 
 @pytest.fixture(scope="session")

@@ -2,93 +2,122 @@
 
 from __future__ import annotations
 
+import heapq
 import math
-from bisect import bisect_right
 from collections.abc import Sequence
+from fractions import Fraction
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from megamup.data.samples import SampleSource
-from megamup.data.tokenizer import Ids
+from megamup.data.permutation import Indices
+from megamup.data.samples import Row, SampleSource
 from megamup.errors import MegamupError
 
-PERIOD = 10_000
+
+class Node(NamedTuple):
+    """One source (a leaf), or two nodes that share a stream by their weights."""
+
+    weight: int
+    source: int = -1
+    children: tuple[Node, Node] | None = None
 
 
-def quotas(weights: Sequence[float], period: int = PERIOD) -> npt.NDArray[np.int64]:
-    """Samples of each source in a period: weights rounded by largest remainder, on the shortest period.
-
-    Returns:
-        Shape (sources,), each >= 1; they add up to the period or to a divisor of it.
+def exact_weights(weights: Sequence[float]) -> list[int]:
+    """Integers in the proportions of `weights`, as the decimals that they were written as (0.1 is a tenth).
 
     Raises:
-        MegamupError: a weight isn't positive and finite, or too small to get one sample in a period.
+        MegamupError: a weight isn't positive and finite.
     """
     for position, weight in enumerate(weights):
         if not (math.isfinite(weight) and weight > 0):
             raise MegamupError(f"weight {weight} of source {position}: expected a positive number")
-    shares = np.asarray(weights, dtype=np.float64) / math.fsum(weights) * period
-    counts = np.floor(shares).astype(np.int64)
-    by_remainder = np.argsort(counts - shares, kind="stable")
-    counts[by_remainder[: period - counts.sum()]] += 1
-    if counts.min() == 0:
-        position = int(np.argmin(counts))
-        raise MegamupError(
-            f"weight {weights[position]} of source {position} is too small: its share is "
-            f"{shares[position] / period:.2g}, less than one sample in {period:,}; raise it or leave it out"
-        )
-    return counts // int(np.gcd.reduce(counts))
+    exact = [Fraction(str(weight)) for weight in weights]
+    scale = math.lcm(*(weight.denominator for weight in exact))
+    return [int(weight * scale) for weight in exact]
 
 
-def interleave(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Which source comes at each place of a period, each spread as evenly as possible. Shape (period,).
+def huffman_tree(weights: Sequence[int]) -> Node:
+    """The two lightest nodes become one, until one is left; the earlier among equals."""
+    heap = [(weight, source, Node(weight, source)) for source, weight in enumerate(weights)]
+    heapq.heapify(heap)
+    for order in range(len(weights), 2 * len(weights) - 1):
+        (light, _, left), (heavy, _, right) = heapq.heappop(heap), heapq.heappop(heap)
+        heapq.heappush(heap, (light + heavy, order, Node(light + heavy, children=(left, right))))
+    return heap[0][2]
 
-    The j-th of a source's q samples is due at (j + 1/2) / q of the period; the earliest due comes next, the
-    earlier source among equals.
-    """
-    sources = np.repeat(np.arange(len(counts)), counts)
-    due = np.concatenate([(np.arange(count) + 0.5) / count for count in counts])
-    return sources[np.argsort(due, kind="stable")]
+
+def share(counts: Indices, part: int, whole: int) -> Indices:
+    """counts * part / whole to the nearest integer, halves up: exact, with integers of any size inside."""
+    return ((counts.astype(object) * (2 * part) + whole) // (2 * whole)).astype(np.int64)
 
 
 class Blend:
-    """A stream of samples from several sources, with exact shares in every period.
+    """A stream of samples from several sources, in the proportions of their weights.
 
-    Position p of the stream is a pure O(1) function of p: no state, the same on every rank and after a
-    restart.
+    Of the first p samples, source i has w_i p up to 1.68 (w_i its share of the weights), for every p: no period, no
+    smallest weight. Position p is a pure O(1) function of p: no state, the same on every rank and after a restart.
+
+    How: the sources are the leaves of a Huffman tree. Of the q samples that reach a node, its left child has q w_left/w
+    to the nearest integer, the right one the others. So a child's count is off by 1/2 at most, plus its parent's error
+    times w_child/w_parent; for a leaf of weight w_0 under nodes of w_1, w_2, ... that makes (1 + w_0/w_1 + w_0/w_2 +
+    ...)/2. In a Huffman tree w_(k+2) >= w_(k+1) + w_k, since the sibling of node k+1 was not lighter than node k when
+    that was taken: the weights grow like Fibonacci's numbers, and the sum of their reciprocals, 1 + 1 + 1/2 + 1/3 + 1/5
+    + ..., is 3.36.
 
     Raises:
-        MegamupError: see `quotas`.
+        MegamupError: see `exact_weights`.
     """
 
     def __init__(self, sources: Sequence[SampleSource], weights: Sequence[float]) -> None:
         self.sources = list(sources)
         self.seq_len = sources[0].seq_len
-        self.quotas = quotas(weights)
-        self._pattern = interleave(self.quotas)  # (period,)
-        self._rank = np.empty_like(self._pattern)  # (period,) how often its source came before in the period
-        for source, count in enumerate(self.quotas):
-            self._rank[self._pattern == source] = np.arange(count)
+        self._tree = huffman_tree(exact_weights(weights))
 
     def __len__(self) -> int:
         """Samples of all sources together."""
         return sum(map(len, self.sources))
 
-    def locate(self, position: int) -> tuple[int, int]:
-        """(source, index in that source) at `position` of the stream."""
-        periods, place = divmod(position, len(self._pattern))
-        source = int(self._pattern[place])
-        return source, periods * int(self.quotas[source]) + int(self._rank[place])
+    def locate(self, positions: Indices) -> tuple[Indices, Indices]:
+        """(source, index in that source) at each of `positions` of the stream. Shape (positions,) each."""
+        which, indices = np.empty_like(positions), np.empty_like(positions)
 
-    def sample(self, index: int) -> Ids:
-        source, index = self.locate(index)
-        return self.sources[source].sample(index)
+        def descend(node: Node, rows: Indices, counts: Indices) -> None:
+            """`counts`: how many samples reached the node before each of those at `rows`, which reach it."""
+            if node.children is None:
+                which[rows], indices[rows] = node.source, counts
+            elif len(rows):
+                left, right = node.children
+                before = share(counts, left.weight, node.weight)
+                goes_left = share(counts + 1, left.weight, node.weight) > before
+                descend(left, rows[goes_left], before[goes_left])
+                descend(right, rows[~goes_left], (counts - before)[~goes_left])
 
-    def n_targets(self, index: int) -> int:
-        source, index = self.locate(index)
-        return self.sources[source].n_targets(index)
+        descend(self._tree, np.arange(len(positions)), positions)
+        return which, indices
+
+    def consumed(self, n_samples: int) -> list[int]:
+        """How many of the first `n_samples` of the stream are of each source."""
+        counts = [0] * len(self.sources)
+
+        def descend(node: Node, count: int) -> None:
+            if node.children is None:
+                counts[node.source] = count
+            else:
+                left, right = node.children
+                taken = int(share(np.array([count]), left.weight, node.weight)[0])
+                descend(left, taken)
+                descend(right, count - taken)
+
+        descend(self._tree, n_samples)
+        return counts
+
+    def read(self, indices: Indices, rows: Sequence[Row]) -> None:
+        read_from(self.sources, *self.locate(indices), rows)
+
+    def n_targets(self, indices: Indices) -> Indices:
+        return targets_of(self.sources, *self.locate(indices))
 
 
 class Chain:
@@ -97,20 +126,34 @@ class Chain:
     def __init__(self, sources: Sequence[SampleSource]) -> None:
         self.sources = list(sources)
         self.seq_len = sources[0].seq_len
-        self._starts = list(accumulate(map(len, sources), initial=0))
+        self._starts = np.array(list(accumulate(map(len, sources), initial=0)))  # (sources + 1,)
 
     def __len__(self) -> int:
-        return self._starts[-1]
+        return int(self._starts[-1])
 
-    def locate(self, position: int) -> tuple[int, int]:
-        """(source, index in that source) at `position`."""
-        source = min(bisect_right(self._starts, position), len(self.sources)) - 1
-        return source, position - self._starts[source]
+    def locate(self, positions: Indices) -> tuple[Indices, Indices]:
+        """(source, index in that source) at each of `positions`. Shape (positions,) each."""
+        which = np.searchsorted(self._starts[1:-1], positions, side="right")
+        return which, positions - self._starts[which]
 
-    def sample(self, index: int) -> Ids:
-        source, index = self.locate(index)
-        return self.sources[source].sample(index)
+    def read(self, indices: Indices, rows: Sequence[Row]) -> None:
+        read_from(self.sources, *self.locate(indices), rows)
 
-    def n_targets(self, index: int) -> int:
-        source, index = self.locate(index)
-        return self.sources[source].n_targets(index)
+    def n_targets(self, indices: Indices) -> Indices:
+        return targets_of(self.sources, *self.locate(indices))
+
+
+def read_from(sources: Sequence[SampleSource], which: Indices, indices: Indices, rows: Sequence[Row]) -> None:
+    """Write sample `indices[i]` of source `which[i]` into `rows[i]`."""
+    for source in np.unique(which).tolist():
+        places = np.flatnonzero(which == source)
+        sources[source].read(indices[places], [rows[place] for place in places.tolist()])
+
+
+def targets_of(sources: Sequence[SampleSource], which: Indices, indices: Indices) -> Indices:
+    """`n_targets` of sample `indices[i]` of source `which[i]`."""
+    counts = np.empty_like(indices)
+    for source in np.unique(which).tolist():
+        here = which == source
+        counts[here] = sources[source].n_targets(indices[here])
+    return counts

@@ -1,79 +1,52 @@
-"""Batches as torch tensors: which samples a rank sees at a step, fetched one step ahead."""
+"""Batches as torch tensors: which samples a rank sees at a step, read some steps ahead on a thread of their own."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from functools import partial
 
+import numpy as np
 import torch
 
-from megamup.data.blend import Blend, Chain
-from megamup.data.collate import collate
-from megamup.data.samples import PackedSamples, SampleSource, SequentialSamples
-from megamup.data.shards import Shard
+from megamup.data.collate import Batch, collate, target_mask
+from megamup.data.samples import SampleSource
 from megamup.errors import MegamupError
 
 
-class TensorBatch(NamedTuple):
-    tokens: torch.Tensor  # (batch, seq) int64
-    targets: torch.Tensor  # (batch, seq) int64, the tokens one place on
-    mask: torch.Tensor  # (batch, seq) float32, 1 where the target counts
+@dataclass(frozen=True)
+class TensorBatch:
+    """One micro batch, in pinned memory where there is CUDA."""
 
-
-class WeightedPrefix(Protocol):
-    """An entry of the list form of `data.train`."""
+    window: torch.Tensor
+    """(batch, seq + 1) int64: inputs and targets in one piece, so that one copy moves both to a device."""
+    n_targets: int
+    """How many targets count."""
+    mask: torch.Tensor | None
+    """(batch, seq) bool, true where the target counts; None where all of them do."""
 
     @property
-    def prefix(self) -> str: ...
+    def tokens(self) -> torch.Tensor:
+        """(batch, seq) int64, a view."""
+        return self.window[:, :-1]
 
     @property
-    def weight(self) -> float: ...
-
-
-def open_sources(
-    sources: str | Sequence[WeightedPrefix], *, seq_len: int, vocab_size: int, seed: int, shuffle: bool
-) -> SampleSource:
-    """The stream of samples that `data.train` (shuffle) or `data.valid` (no shuffle) names.
-
-    Args:
-        sources: a shard prefix, or several with weights: shares of the training samples.
-        seq_len: targets of a sample.
-        vocab_size: the model's.
-        seed: of the order; not used without `shuffle`.
-        shuffle: True for an endless blend of shuffled epochs; False for one pass in which every token of
-            every shard is a target once.
-
-    Raises:
-        MegamupError: a shard is missing, broken, too short or of another vocabulary; weights that can't be
-            met.
-    """
-    if isinstance(sources, str):
-        prefixes, weights = [sources], [1.0]
-    else:
-        prefixes, weights = [source.prefix for source in sources], [source.weight for source in sources]
-    if not prefixes:
-        raise MegamupError("data.train, data.valid: the list of sources is empty; expected a shard prefix")
-    shards = [Shard(prefix) for prefix in prefixes]
-    if shuffle:
-        # The position in the list, not the path: data may move between a run and its resumption.
-        packed = [
-            PackedSamples(shard, seq_len, seed, vocab_size, name=str(position)) for position, shard in enumerate(shards)
-        ]
-        return packed[0] if len(packed) == 1 else Blend(packed, weights)
-    if len(set(weights)) > 1:
-        raise MegamupError(
-            f"data.valid: weights {weights}: every held-out token counts once, so all weights must be equal"
-        )
-    return Chain([SequentialSamples(shard, seq_len, vocab_size) for shard in shards])
+    def targets(self) -> torch.Tensor:
+        """(batch, seq) int64, the tokens one place on, a view."""
+        return self.window[:, 1:]
 
 
 class BatchStream:
     """The micro batches of one data rank, step by step.
 
-    The global batch of step s is samples [s G, (s + 1) G) of the source, whatever the number of ranks and the
-    size of micro batches. Data rank r takes the r-th of `data_size` equal parts, and splits it in order.
+    The global batch of step s is samples [s G, (s + 1) G) of the source, whatever the number of ranks and the size of
+    micro batches. Data rank r takes the r-th of `data_size` equal parts, and splits it in order.
+
+    Every step has memory of its own: a copy to a device that still runs finds its source untouched. (Pinned memory is
+    handed out again by torch's allocator only after the copies out of it that it knows of.)
 
     Args:
         source: where samples come from.
@@ -81,6 +54,7 @@ class BatchStream:
         micro_sequences: samples of one micro batch of one rank.
         data_rank: this rank's place on the data axis.
         data_size: length of the data axis.
+        prefetch: steps that are read ahead, at least 1.
 
     Raises:
         MegamupError: G isn't a multiple of micro_sequences * data_size.
@@ -93,6 +67,7 @@ class BatchStream:
         micro_sequences: int,
         data_rank: int = 0,
         data_size: int = 1,
+        prefetch: int = 2,
     ) -> None:
         if global_sequences % (micro_sequences * data_size):
             raise MegamupError(
@@ -101,11 +76,11 @@ class BatchStream:
             )
         self.source = source
         self.global_sequences = global_sequences
-        self.micro_sequences = micro_sequences
-        self._rank_sequences = global_sequences // data_size
-        self._rank_start = data_rank * self._rank_sequences
+        self._prefetch = prefetch
+        sequences = global_sequences // data_size
+        self._read = partial(read_step, source, global_sequences, data_rank * sequences, sequences, micro_sequences)
         self._thread: ThreadPoolExecutor | None = None  # started by the first call, so that forks before are safe
-        self._ahead: tuple[int, Future[list[TensorBatch]]] | None = None
+        self._ahead: deque[tuple[int, Future[list[TensorBatch]]]] = deque()
 
     def __len__(self) -> int:
         """Steps that see all of the source once; the last may hold padding (evaluation) or the next epoch."""
@@ -114,22 +89,47 @@ class BatchStream:
     def micro_batches(self, step: int) -> list[TensorBatch]:
         """This rank's micro batches of step `step` >= 0: a pure function of the step.
 
-        While the caller computes, a thread reads the next step.
+        While the caller computes, a thread reads the steps that follow.
 
         Raises:
             MegamupError: a token outside the vocabulary.
         """
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="megamup-data")
-        ahead, self._ahead = self._ahead, None
-        batches = ahead[1].result() if ahead and ahead[0] == step else self._read(step)
-        self._ahead = (step + 1, self._thread.submit(self._read, step + 1))
-        return batches
+        self._thread = self._thread or start_thread()
+        if not self._ahead or self._ahead[0][0] != step:  # the first call, or one out of order
+            for _, future in self._ahead:
+                future.cancel()
+            self._ahead.clear()
+        for place in range(step + len(self._ahead), step + self._prefetch + 1):
+            self._ahead.append((place, self._thread.submit(self._read, place)))
+        return self._ahead.popleft()[1].result()
 
-    def _read(self, step: int) -> list[TensorBatch]:
-        first = step * self.global_sequences + self._rank_start
-        batches = []
-        for start in range(first, first + self._rank_sequences, self.micro_sequences):
-            batch = collate(self.source, range(start, start + self.micro_sequences))
-            batches.append(TensorBatch(*map(torch.from_numpy, batch)))
-        return batches
+
+def start_thread() -> ThreadPoolExecutor:
+    """One thread, which ends when the executor is dropped, and at the interpreter's exit.
+
+    It works on the caller's device: pinning memory would else make a CUDA context on the first one for every rank.
+    """
+    prepare: Callable[[], None] | None = None
+    if torch.cuda.is_available():
+        prepare = partial(torch.cuda.set_device, torch.cuda.current_device())
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="megamup-data", initializer=prepare)
+
+
+def read_step(
+    source: SampleSource, stride: int, offset: int, sequences: int, micro_sequences: int, step: int
+) -> list[TensorBatch]:
+    """The `sequences` samples from step * stride + offset on, as micro batches.
+
+    No method of `BatchStream`: a stream that is dropped while it reads ahead is then gone, and its thread with it.
+    """
+    window = torch.empty((sequences, source.seq_len + 1), dtype=torch.int64, pin_memory=torch.cuda.is_available())
+    indices = np.arange(sequences) + (step * stride + offset)
+    batch = collate(source, indices, window.numpy())
+    return [tensor_batch(batch, window, slice(i, i + micro_sequences)) for i in range(0, sequences, micro_sequences)]
+
+
+def tensor_batch(batch: Batch, window: torch.Tensor, rows: slice) -> TensorBatch:
+    """Rows of a step's batch; `window` shares the batch's memory."""
+    counts, seq_len = batch.n_targets[rows], window.shape[1] - 1
+    mask = None if counts.min() == seq_len else torch.from_numpy(target_mask(counts, seq_len))
+    return TensorBatch(window[rows], int(counts.sum()), mask)

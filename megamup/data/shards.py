@@ -1,4 +1,4 @@
-"""Token shards in Megatron's indexed format: `PREFIX.bin`, `PREFIX.idx`, and a manifest `PREFIX.json`.
+"""One token shard in Megatron's indexed format: `NAME.bin` and `NAME.idx`.
 
 The .bin is all token ids one after the other. The .idx, little endian and unpadded, as
 `megatron.core.datasets.indexed_dataset` reads and writes it:
@@ -13,24 +13,21 @@ The .bin is all token ids one after the other. The .idx, little endian and unpad
             8 s    int64: byte in the .bin where each sequence starts
             8 d+8  int64: the sequence at which each document starts, then s
 
-A document that Megatron splits in sentences has several sequences; ours have one each.
+A document that Megatron splits in sentences has several sequences; ours has one for every 2^31 - 1 tokens.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
 import struct
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
-from megamup.data.pending import PendingFile, sync_folder
 from megamup.data.tokenizer import Ids
 from megamup.errors import MegamupError
 
@@ -40,6 +37,11 @@ DTYPES: dict[int, np.dtype[Any]] = {
     code: np.dtype(name) for code, name in {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}.items()
 }
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
+LONGEST_SEQUENCE = 2**31 - 1
+CHUNK = 1 << 20
+"""Entries of an index that are handled at a time."""
+
+Lengths = npt.NDArray[np.int64]
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -50,36 +52,6 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 def shard_path(prefix: str, suffix: str) -> Path:
     """`prefix` may hold dots, so the suffix is added to the name as it is."""
     return Path(prefix + suffix)
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a shard holds and what it was made from; stored as `PREFIX.json`."""
-
-    documents: int
-    tokens: int
-    dtype: str
-    vocab_size: int
-    max_id: int
-    eod_id: int
-    tokenizer: str
-    tokenizer_sha256: str
-    text_bytes: int
-    """UTF-8 bytes of the documents' text."""
-    bin_sha256: str
-    idx_sha256: str
-    sources: list[dict[str, Any]]
-
-    @staticmethod
-    def read(path: Path) -> Manifest:
-        """Raises MegamupError where the file is broken or lacks a key."""
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            return Manifest(**{item.name: values[item.name] for item in fields(Manifest)})
-        except (ValueError, TypeError, KeyError) as error:
-            raise MegamupError(
-                f"{path}: not a shard's manifest: {error!r}; remove it or write the shard again"
-            ) from error
 
 
 class Shard:
@@ -94,17 +66,10 @@ class Shard:
         self.bin_path, self.idx_path = shard_path(prefix, ".bin"), shard_path(prefix, ".idx")
         for path in (self.idx_path, self.bin_path):
             if not path.is_file():
-                raise MegamupError(f"shard {prefix!r}: no file {str(path)!r}{_missing_hint(prefix)}")
+                raise MegamupError(f"shard {prefix!r}: no file {str(path)!r}{missing_hint(prefix)}")
         self._read_index()
         self.n_tokens = self._check_bin()
         self._tokens: Ids = np.memmap(self.bin_path, dtype=self.dtype, mode="r").view(np.ndarray)
-        manifest_path = shard_path(prefix, ".json")
-        self.manifest = Manifest.read(manifest_path) if manifest_path.is_file() else None
-        if self.manifest and (self.manifest.documents, self.manifest.tokens) != (len(self), self.n_tokens):
-            raise MegamupError(
-                f"{manifest_path}: counts {self.manifest.documents:,} documents and {self.manifest.tokens:,} "
-                f"tokens, the shard {len(self):,} and {self.n_tokens:,}: it belongs to another shard"
-            )
 
     def _read_index(self) -> None:
         path, size = self.idx_path, self.idx_path.stat().st_size
@@ -126,12 +91,12 @@ class Shard:
         if size != expected:
             state = "cut short" if size < expected else "too long"
             raise MegamupError(f"{path}: {state}: expected {expected:,} bytes, found {size:,}")
-        if ends < 2:
+        if ends < 2 or not sequences:
             raise MegamupError(f"{path}: the shard holds no documents")
         index = np.memmap(path, mode="r").view(np.ndarray)[HEADER.size :]
         lengths, pointers, documents = np.split(index, [4 * sequences, 12 * sequences])
-        self._lengths = lengths.view("<i4")
-        self._pointers = pointers.view("<i8")
+        self._lengths = lengths.view("<i4")  # unaligned views: element by element they cost nothing, and whole-array
+        self._pointers = pointers.view("<i8")  # operations would copy, so that none is used outside of `check`
         self._documents = documents.view("<i8")
         if self._documents[0] != 0 or self._documents[-1] != sequences:
             at = HEADER.size + 12 * sequences
@@ -164,11 +129,27 @@ class Shard:
             return self.n_tokens
         return int(self._pointers[sequence]) // self.dtype.itemsize
 
+    def bounds(self, document: int) -> tuple[int, int]:
+        """The document's tokens in the stream, as (start, stop)."""
+        if not 0 <= document < len(self):
+            raise IndexError(f"document {document} of {len(self)}")
+        return self._start(document), self._start(document + 1)
+
+    def document_at(self, token: int) -> int:
+        """The document that holds a token of the stream: O(log documents)."""
+        if not 0 <= token < self.n_tokens:
+            raise IndexError(f"token {token} of {self.n_tokens}")
+        sequence = bisect_right(self._pointers, token * self.dtype.itemsize) - 1
+        return bisect_right(self._documents, sequence) - 1
+
+    def first_document_from(self, token: int) -> int:
+        """The first document that starts at `token` or after it: O(log documents)."""
+        sequence = bisect_left(self._pointers, token * self.dtype.itemsize)
+        return bisect_left(self._documents, sequence)
+
     def document(self, index: int) -> Ids:
         """Ids of document `index`, its end-of-document token included. Shape (tokens,), read-only."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"document {index} of {len(self)}")
-        return self.tokens(self._start(index), self._start(index + 1))
+        return self.tokens(*self.bounds(index))
 
     def tokens(self, start: int, stop: int) -> Ids:
         """Ids `start` to before `stop` of the stream of all documents. Shape (stop - start,), read-only."""
@@ -176,129 +157,93 @@ class Shard:
             raise IndexError(f"tokens {start} to {stop} of {self.n_tokens}")
         return self._tokens[start:stop]
 
+    def lengths(self, start: int = 0, stop: int | None = None) -> Iterator[Lengths]:
+        """Tokens of documents `start` to before `stop`, in pieces of at most `CHUNK`."""
+        stop = len(self) if stop is None else stop
+        for first in range(start, stop, CHUNK):
+            sequences = self._documents[first : min(first + CHUNK, stop) + 1].astype(np.int64)  # (documents + 1,)
+            counts = self._lengths[sequences[0] : sequences[-1]].astype(np.int64)  # (sequences,)
+            ends = np.concatenate([[0], np.cumsum(counts)])[sequences - sequences[0]]
+            yield np.diff(ends)
 
-def _missing_hint(prefix: str) -> str:
-    if prefix.endswith((".bin", ".idx")):
-        return "; give the prefix, without .bin or .idx"
+    def check(self) -> None:
+        """Read the whole index.
+
+        Raises:
+            MegamupError: sequences don't follow each other without a gap, or documents are out of order.
+        """
+        end = 0
+        for first in range(0, len(self._lengths), CHUNK):
+            lengths = self._lengths[first : first + CHUNK].astype(np.int64) * self.dtype.itemsize
+            ends = end + np.cumsum(lengths)
+            wrong = np.flatnonzero((self._pointers[first : first + CHUNK] != ends - lengths) | (lengths < 0))
+            if len(wrong):
+                raise MegamupError(
+                    f"{self.idx_path}: sequence {first + int(wrong[0]):,} doesn't start where the last ends"
+                )
+            end = int(ends[-1])
+        for first in range(0, len(self), CHUNK):
+            backwards = np.flatnonzero(np.diff(self._documents[first : first + CHUNK + 1]) < 0)
+            if len(backwards):
+                raise MegamupError(f"{self.idx_path}: document {first + int(backwards[0]):,} ends before it starts")
+
+
+def missing_hint(prefix: str) -> str:
+    """What a user may have meant by a prefix of which a file is missing."""
+    if prefix.endswith((".bin", ".idx", ".json")):
+        return "; give the prefix, without .bin, .idx or .json"
     path = Path(prefix)
-    names = [file.name.removesuffix(".idx") for file in path.parent.glob("*.idx")]
-    nearest = difflib.get_close_matches(path.name, names, n=1, cutoff=0.4)
-    if nearest and nearest[0] != path.name:
+    names = {file.stem for pattern in ("*.idx", "*.json") for file in path.parent.glob(pattern)} - {path.name}
+    nearest = difflib.get_close_matches(path.name, sorted(names), n=1, cutoff=0.4)
+    if nearest:
         return f"; did you mean {str(path.parent / nearest[0])!r}?"
     return "; tools/preprocess_data.py writes shards"
 
 
-class ShardWriter:
-    """Writes a shard beside its name; `publish` makes it appear.
+def write_index(file: BinaryIO, dtype: np.dtype[Any], lengths: Callable[[], Iterable[Lengths]]) -> None:
+    """Write the .idx of documents one after the other, in memory that doesn't grow with their number.
 
-    Use as a context manager: left without `publish`, it removes what it wrote, and an earlier shard of that
-    name stays as it was.
+    Args:
+        file: open for writing at its start.
+        dtype: of the ids.
+        lengths: gives the tokens of each document, in pieces, anew at every call. Each of shape (documents,).
 
     Raises:
-        MegamupError: from every method, where a file can't be written.
+        OSError: the file can't be written.
     """
 
-    def __init__(self, prefix: str, vocab_size: int) -> None:
-        self.prefix = prefix
-        self.vocab_size = vocab_size
-        self.dtype = token_dtype(vocab_size)
-        self.n_tokens = 0
-        self.max_id = -1
-        self._lengths: list[npt.NDArray[np.int32]] = []
-        self._files: dict[str, PendingFile] = {}
-        self._open(".bin")
+    def sequences() -> Iterator[Lengths]:
+        for counts in lengths():
+            yield _split_lengths(counts)
 
-    def _open(self, suffix: str) -> PendingFile:
-        self._files[suffix] = PendingFile(shard_path(self.prefix, suffix))
-        return self._files[suffix]
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.discard()
-
-    def add(self, ids: Ids, lengths: Sequence[int] | npt.NDArray[np.integer[Any]]) -> None:
-        """Append documents.
-
-        Args:
-            ids: the documents' ids one after the other, end-of-document tokens included. Shape (tokens,).
-            lengths: tokens of each document. Shape (documents,).
-
-        Raises:
-            ValueError: `lengths` don't add up to the number of ids, or an id is outside the vocabulary.
-        """
-        counts = np.asarray(lengths, dtype=np.int64)
-        if counts.sum() != len(ids) or counts.max(initial=0) > np.iinfo(np.int32).max:
-            raise ValueError(f"lengths add up to {counts.sum()}, for {len(ids)} ids (at most 2^31-1 each)")
-        if len(ids):
-            low, high = int(ids.min()), int(ids.max())
-            if low < 0 or high >= self.vocab_size:
-                raise ValueError(f"ids {low} to {high} outside a vocabulary of {self.vocab_size}")
-            self.max_id = max(self.max_id, high)
-        self._files[".bin"].write(np.ascontiguousarray(ids, dtype=self.dtype).view(np.uint8).data)
-        self._lengths.append(counts.astype(np.int32))
-        self.n_tokens += len(ids)
-
-    def finish(
-        self,
-        *,
-        eod_id: int,
-        tokenizer: str,
-        tokenizer_sha256: str,
-        text_bytes: int,
-        sources: list[dict[str, Any]],
-    ) -> Manifest:
-        """Write index and manifest, and bring all three files to the disk; `publish` comes next."""
-        lengths = np.concatenate(self._lengths) if self._lengths else np.empty(0, np.int32)
-        if not len(lengths):
-            raise MegamupError(f"shard {self.prefix!r}: no documents to write")
-        index = self._open(".idx")
-        index.write(HEADER.pack(MAGIC, 1, DTYPE_CODES[self.dtype], len(lengths), len(lengths) + 1))
-        index.write(lengths.astype("<i4").tobytes())
-        ends = np.cumsum(lengths, dtype="<i8") * self.dtype.itemsize
-        index.write((ends - lengths.astype("<i8") * self.dtype.itemsize).tobytes())
-        index.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
-        manifest = Manifest(
-            documents=len(lengths),
-            tokens=self.n_tokens,
-            dtype=self.dtype.name,
-            vocab_size=self.vocab_size,
-            max_id=self.max_id,
-            eod_id=eod_id,
-            tokenizer=tokenizer,
-            tokenizer_sha256=tokenizer_sha256,
-            text_bytes=text_bytes,
-            bin_sha256=self._files[".bin"].sha256,
-            idx_sha256=index.sha256,
-            sources=sources,
-        )
-        self._open(".json").write((json.dumps(asdict(manifest), indent=2, ensure_ascii=False) + "\n").encode())
-        for file in self._files.values():
-            file.sync()
-        return manifest
-
-    def discard(self) -> None:
-        """Remove the temporaries; nothing happens after `publish`."""
-        for file in self._files.values():
-            file.discard()
-
-    def publish_file(self, suffix: str) -> None:
-        self._files[suffix].publish()
+    documents = sum(len(counts) for counts in lengths())
+    n_sequences = sum(len(counts) for counts in sequences())
+    file.write(HEADER.pack(MAGIC, 1, DTYPE_CODES[dtype], n_sequences, documents + 1))
+    for counts in sequences():
+        file.write(counts.astype("<i4").tobytes())
+    end = 0
+    for counts in sequences():
+        ends = end + np.cumsum(counts, dtype=np.int64) * dtype.itemsize
+        file.write((ends - counts * dtype.itemsize).astype("<i8").tobytes())
+        end = int(ends[-1]) if len(ends) else end
+    file.write(np.zeros(1, "<i8").tobytes())
+    end = 0
+    for counts in lengths():
+        ends = end + np.cumsum(_n_sequences(counts), dtype=np.int64)
+        file.write(ends.astype("<i8").tobytes())
+        end = int(ends[-1]) if len(ends) else end
 
 
-def publish(writers: Sequence[ShardWriter]) -> None:
-    """Put finished shards in the place of earlier ones of their names, all of them together.
+def _n_sequences(counts: Lengths) -> Lengths:
+    """How many sequences each document takes: the index holds their lengths as int32. An empty one takes one too."""
+    return np.maximum(-(-counts // LONGEST_SEQUENCE), 1)
 
-    Old indices go first and new ones come last: a process that dies in between leaves shards without an
-    index, which can't be opened, and never an old index over new tokens.
-    """
-    for writer in writers:
-        index = shard_path(writer.prefix, ".idx")
-        index.unlink(missing_ok=True)
-        sync_folder(index.parent)
-    for suffix in (".bin", ".json", ".idx"):
-        for writer in writers:
-            writer.publish_file(suffix)
+
+def _split_lengths(counts: Lengths) -> Lengths:
+    """The sequences' lengths of documents' lengths: full ones first, the rest last."""
+    parts = _n_sequences(counts)
+    if (parts == 1).all():
+        return counts
+    split = np.full(parts.sum(), LONGEST_SEQUENCE, dtype=np.int64)
+    split[np.cumsum(parts) - 1] = counts - (parts - 1) * LONGEST_SEQUENCE
+    return split

@@ -38,7 +38,8 @@ class MicroBatch:
     targets: Tensor
     """(batch, seq), int64"""
     weights: Tensor
-    """(batch, seq), fp32: mask / targets of the global batch x (micro batches x data ranks), see `weigh`."""
+    """fp32, mask / targets of the global batch x (micro batches x data ranks), see `weigh`: (batch, seq), or one number
+    where all targets count."""
 
 
 @dataclass(frozen=True)
@@ -60,22 +61,25 @@ class Engine(Protocol):
     def evaluate(self, batch: Sequence[MicroBatch]) -> float: ...
 
 
-def weigh(batches: Sequence[TensorBatch], data: Axis, device: torch.device) -> tuple[list[MicroBatch], float]:
+def weigh(batches: Sequence[TensorBatch], data: Axis, device: torch.device) -> tuple[list[MicroBatch], Tensor]:
     """Turn a rank's share of a global batch into weighted micro batches on its device.
 
     The weights make averaging over micro batches and data ranks (which is what DeepSpeed does to gradients) give the
-    sum of losses / number of targets of the global batch. Collective over the data axis.
+    sum of losses / number of targets of the global batch. Collective over the data axis. Nothing here waits for the
+    device: copies out of pinned memory run beside whatever else it does.
 
     Returns:
-        The micro batches, and the number of targets of the global batch.
+        The micro batches, and the number of targets of the global batch (int64, one number).
     """
-    targets = all_reduce(torch.stack([batch.mask.sum() for batch in batches]).sum().to(device), data)
+    targets = all_reduce(torch.tensor(sum(batch.n_targets for batch in batches), device=device), data)
     factor = len(batches) * data.size / targets.clamp(min=1)
-    weighted = [
-        MicroBatch(batch.tokens.to(device), batch.targets.to(device), batch.mask.to(device) * factor)
-        for batch in batches
-    ]
-    return weighted, float(targets)
+    return [micro_batch(batch, factor, device) for batch in batches], targets
+
+
+def micro_batch(batch: TensorBatch, factor: Tensor, device: torch.device) -> MicroBatch:
+    on_device = TensorBatch(batch.window.to(device, non_blocking=True), batch.n_targets, batch.mask)
+    weights = factor if batch.mask is None else batch.mask.to(device, non_blocking=True) * factor
+    return MicroBatch(on_device.tokens, on_device.targets, weights)
 
 
 def weighted_loss(axis: Axis, logits: Tensor, labels: tuple[Tensor, Tensor]) -> Tensor:

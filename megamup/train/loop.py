@@ -10,7 +10,10 @@ import torch
 import torch.distributed as dist
 
 from megamup.config import Config, micro_batches
-from megamup.data.loader import BatchStream, TensorBatch, open_sources
+from megamup.data import consumed
+from megamup.data.loader import BatchStream, TensorBatch
+from megamup.data.mixture import RunData, open_run_data
+from megamup.data.samples import SampleSource
 from megamup.errors import MegamupError, OneRankError
 from megamup.mup import table
 from megamup.parallel.mesh import Mesh, build_mesh
@@ -35,6 +38,7 @@ class Training:
     mesh: Mesh
     device: torch.device
     engine: Engine
+    data: RunData
     train_data: BatchStream
     valid_data: BatchStream | None
     recorder: Recorder
@@ -51,8 +55,8 @@ def train(config: Config) -> dict[str, float]:
     world_size = distributed.world_size()
     micro_batches(config, world_size)
     table(config)
-    open_data(config, 0, world_size)
-    resumed = run_folder.resume_point(config, world_size)
+    data = consumed.record(config, open_run_data(config))
+    resumed = run_folder.resume_point(config, world_size, data)
     if resumed is not None and resumed[0] >= config.train.steps:
         return already_done(config, resumed[1])
     run = start(config, world_size, resumed)
@@ -78,6 +82,7 @@ def train_step(run: Training, step: int) -> dict[str, float]:
     if not (due.log or due.evaluation or due.save):
         return {}
     values = {"loss": result.loss, "lr": lr, "grad_norm": result.grad_norm}
+    values |= run.data.train.metrics((step + 1) * config.batch.global_sequences)
     if due.monitor:
         values |= run.monitor.values()
     if due.evaluation:
@@ -120,7 +125,8 @@ def evaluate(run: Training) -> float:
         steps = min(steps, math.ceil(wanted / run.config.batch.global_sequences))
     total, targets = 0.0, 0.0
     for step in range(steps):
-        batch, count = weigh(read(run.valid_data, step), run.mesh.data, run.device)
+        batch, on_device = weigh(read(run.valid_data, step), run.mesh.data, run.device)
+        count = float(on_device)
         total += count * run.engine.evaluate(batch)
         targets += count
     return total / targets
@@ -135,41 +141,43 @@ def read(data: BatchStream, step: int) -> list[TensorBatch]:
 
 
 def open_data(config: Config, data_rank: int, world_size: int) -> tuple[BatchStream, BatchStream | None]:
-    """Open and check the shards."""
+    """Open and check the data: a data rank's streams of training and held-out batches."""
+    return batch_streams(open_run_data(config), config, data_rank, world_size)
+
+
+def batch_streams(
+    data: RunData, config: Config, data_rank: int, world_size: int
+) -> tuple[BatchStream, BatchStream | None]:
     micro, _ = micro_batches(config, world_size)
     data_size = config.parallel.data(world_size)
 
-    def stream(sources: object, shuffle: bool) -> BatchStream:
-        source = open_sources(
-            sources,  # type: ignore[arg-type]
-            seq_len=config.seq_len,
-            vocab_size=config.model.vocab_size,
-            seed=config.run.seed,
-            shuffle=shuffle,
+    def stream(source: SampleSource) -> BatchStream:
+        return BatchStream(
+            source, config.batch.global_sequences, micro, data_rank, data_size, prefetch=config.data.prefetch
         )
-        return BatchStream(source, config.batch.global_sequences, micro, data_rank, data_size)
 
-    valid = None if config.data.valid is None else stream(config.data.valid, shuffle=False)
-    return stream(config.data.train, shuffle=True), valid
+    return stream(data.train.stream), stream(data.valid.stream) if data.valid else None
 
 
 def start(config: Config, world_size: int, resumed: tuple[int, Path] | None) -> Training:
     """Join the process group, build this rank's part and restore a checkpoint. Collective."""
     device = distributed.join()
     mesh = build_mesh(config.parallel.tensor, config.parallel.pipeline)
-    train_data, valid_data = open_data(config, mesh.data.rank, world_size)
+    data = open_run_data(config)
+    train_data, valid_data = batch_streams(data, config, mesh.data.rank, world_size)
     engine = build_engine(config, mesh, world_size)
     peak = peak_flops(config, device)
     step = checkpoint.load(engine, resumed[1]) if resumed else 0
     first = distributed.rank() == 0
     if first:
         environment = run_folder.environment(config, checkpoint.layout(config, world_size), peak)
-        run_folder.prepare(config, environment, step)
+        run_folder.prepare(config, consumed.record(config, data), environment, step)
         if resumed:
             print(f"resuming from {resumed[1]}", flush=True)
+        print("\n".join(data.summary(config.train.steps * config.batch.global_sequences)), flush=True)
     recorder = Recorder(config, peak["peak_flops"], step, first, device)
     monitor = Monitor(config, mesh, engine, device)
-    return Training(config, mesh, device, engine, train_data, valid_data, recorder, monitor)
+    return Training(config, mesh, device, engine, data, train_data, valid_data, recorder, monitor)
 
 
 def already_done(config: Config, path: Path) -> dict[str, float]:

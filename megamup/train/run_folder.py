@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from megamup.config import Config, config_from, dump_config, read_yaml
+from megamup.data import consumed
 from megamup.errors import MegamupError
 from megamup.files import write_json_atomic, write_text_atomic
 from megamup.parameters import count
@@ -25,8 +26,12 @@ FREE_TO_CHANGE = (
     "train.monitor_every",
     "log.",
     "run.dir",
+    "data.prefetch",
+    "data.cache",
 )
-"""Keys that may differ when a run is resumed: they change what is written, not what is computed."""
+"""Keys that may differ when a run is resumed: they change what is written or how fast, not what is computed."""
+IN_DATA_RECORD = ("data.train", "data.valid", "data.fraction")
+"""Keys that data.json says more of: there data that has moved is the same, and other data at its place is not."""
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -36,43 +41,63 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def resume_point(config: Config, world_size: int) -> tuple[int, Path] | None:
+def resume_point(config: Config, world_size: int, data: dict[str, Any]) -> tuple[int, Path] | None:
     """The checkpoint that this command goes on from, or None for a fresh start; needs no process group.
 
+    Args:
+        config: of this command.
+        world_size: its ranks.
+        data: its `consumed.record`.
+
     Raises:
-        MegamupError: the folder holds a run with another config, or a checkpoint that can't be resumed.
+        MegamupError: the folder holds a run with another config or other data, or a checkpoint that can't be resumed.
     """
     folder = config.run.folder
-    if not (folder / "config.yaml").is_file():
-        if checkpoint.newest(folder / "checkpoints"):
+    found = checkpoint.newest(folder / "checkpoints")
+    for name, what in (("config.yaml", "what they are of"), ("data.json", "in which order they saw which data")):
+        if found and not (folder / name).is_file():
             raise MegamupError(
-                f"{folder} holds checkpoints but no config.yaml that says what they are of; "
+                f"{folder} holds checkpoints but no {name} that says {what}; "
                 "set run.name to a new name, or remove the folder"
             )
-        return None
-    try:
-        before = flat(config_from(read_yaml(folder / "config.yaml")).model_dump(mode="json"))
-    except MegamupError as error:
-        raise MegamupError(f"{folder / 'config.yaml'}: {error}") from None
-    now = flat(config.model_dump(mode="json"))
-    free = FREE_TO_CHANGE + (("train.steps",) if config.schedule.kind == "constant" else ())
-    changed = [key for key in now if before.get(key) != now[key] and not key.startswith(free)]
-    if changed:
-        lines = [f"  {key}: {before.get(key)!r} there, {now[key]!r} now" for key in changed]
-        raise MegamupError(
-            f"{folder} holds a run with another config; set run.name to a new name, or remove the folder:\n"
-            + "\n".join(lines)
-        )
-    found = checkpoint.newest(folder / "checkpoints")
+    refuse(f"{folder} holds a run with another config", config_changes(config))
+    refuse(f"{folder} holds a run on other data; restore it", data_changes(config, data))
     if found is not None:
         checkpoint.check(found[1], config, world_size)
     return found
 
 
-def prepare(config: Config, environment: dict[str, Any], resumed_step: int) -> None:
-    """Write config and environment, and cut the metrics back to the step that the run goes on from (rank 0)."""
+def refuse(what: str, changes: list[str]) -> None:
+    if changes:
+        raise MegamupError(f"{what}; set run.name to a new name, or remove the folder:\n" + "\n".join(changes))
+
+
+def config_changes(config: Config) -> list[str]:
+    """Keys that the run in the folder had other values of, a line each."""
+    path = config.run.folder / "config.yaml"
+    if not path.is_file():
+        return []
+    try:
+        before = flat(config_from(read_yaml(path)).model_dump(mode="json"))
+    except MegamupError as error:
+        raise MegamupError(f"{path}: {error}") from None
+    now = flat(config.model_dump(mode="json"))
+    free = FREE_TO_CHANGE + IN_DATA_RECORD + (("train.steps",) if config.schedule.kind == "constant" else ())
+    changed = [key for key in now if before.get(key) != now[key] and not key.startswith(free)]
+    return [f"  {key}: {before.get(key)!r} there, {now[key]!r} now" for key in changed]
+
+
+def data_changes(config: Config, data: dict[str, Any]) -> list[str]:
+    """What the run in the folder read other than this command would, a line each."""
+    before = consumed.read_record(config.run.folder)
+    return [] if before is None else consumed.changes(before, data)
+
+
+def prepare(config: Config, data: dict[str, Any], environment: dict[str, Any], resumed_step: int) -> None:
+    """Write config, data and environment, and cut the metrics back to the step that the run goes on from (rank 0)."""
     folder = config.run.folder
     write_text_atomic(folder / "config.yaml", dump_config(config))
+    write_json_atomic(folder / "data.json", data)
     write_json_atomic(folder / "environment.json", environment)
     metrics = folder / "metrics.jsonl"
     kept = []

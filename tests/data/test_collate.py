@@ -1,23 +1,29 @@
 import numpy as np
 
-from megamup.data.collate import collate
+from megamup.data.collate import collate, target_mask
+from megamup.data.corpus import Corpus
 from megamup.data.samples import PackedSamples, SequentialSamples
-from megamup.data.shards import Shard
 
 
-def test_collate(counting_shard: Shard) -> None:
-    samples = PackedSamples(counting_shard, seq_len=10, seed=1, vocab_size=1004)
-    batch = collate(samples, [5, 7])
-    windows = np.stack([samples.sample(5), samples.sample(7)])
-    assert (batch.tokens == windows[:, :-1]).all()
-    assert (batch.targets == windows[:, 1:]).all()
-    assert (batch.mask == 1).all()
-    assert [array.dtype.name for array in batch] == ["int64", "int64", "float32"]
-    assert [array.shape for array in batch] == [(2, 10)] * 3
+def test_collate(counting_corpus: Corpus) -> None:
+    samples = PackedSamples(counting_corpus, seq_len=10, seed=1, vocab_size=1004)
+    batch = collate(samples, np.array([5, 7]))
+    starts = samples.locate(np.array([5, 7]))[1] * 10
+    assert batch.window.tolist() == [list(range(start, start + 11)) for start in starts.tolist()]
+    assert batch.window.dtype == np.int64
+    assert batch.n_targets.tolist() == [10, 10]
 
 
-def test_collate_masks_padding(counting_shard: Shard) -> None:
-    sequential = SequentialSamples(counting_shard, seq_len=10, vocab_size=1004)
-    batch = collate(sequential, [99, 100, 101])
-    assert batch.mask.sum(axis=1).tolist() == [10, 3, 0]
-    assert batch.targets[1, :3].tolist() == [1000, 1001, 1002]
+def test_collate_into_given_memory(counting_corpus: Corpus) -> None:
+    samples = PackedSamples(counting_corpus, seq_len=10, seed=1, vocab_size=1004)
+    window = np.full((2, 11), -1)
+    assert collate(samples, np.array([5, 7]), window).window is window
+    assert (window == collate(samples, np.array([5, 7])).window).all()
+
+
+def test_padding_is_no_target(counting_corpus: Corpus) -> None:
+    sequential = SequentialSamples(counting_corpus, seq_len=10, vocab_size=1004)
+    batch = collate(sequential, np.array([99, 100, 101]))
+    mask = target_mask(batch.n_targets, 10)
+    assert mask.sum(axis=1).tolist() == [10, 3, 0]
+    assert batch.window[:, 1:][mask].tolist() == [*range(990, 1003)]

@@ -1,121 +1,145 @@
-from collections import Counter
+import tracemalloc
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
-from megamup.data.samples import PackedSamples, Permutation, SequentialSamples
-from megamup.data.shards import Shard
+from megamup.data.collate import collate
+from megamup.data.corpus import Corpus
+from megamup.data.samples import PackedSamples, SampleSource, SequentialSamples
 from megamup.errors import MegamupError
 
-MakeShard = Callable[..., Shard]
+MakeCorpus = Callable[..., Corpus]
 
 
-def test_permutation_is_a_bijection() -> None:
-    for n in range(1, 1001):
-        permutation = Permutation(n, key="key")
-        assert sorted(map(permutation, range(n))) == list(range(n))
+def windows(samples: SampleSource, first: int, stop: int) -> Any:
+    return collate(samples, np.arange(first, stop)).window
 
 
-@pytest.mark.parametrize("n", [2**31 - 1, 10**12 + 39, 2**40])
-def test_large_permutation(n: int) -> None:
-    permutation = Permutation(n, key="key")
-    values = [permutation(index) for index in range(2000)]
-    assert len(set(values)) == 2000
-    assert min(values) >= 0
-    assert max(values) < n
-    # Uniform on [0, n): the mean of 2,000 is within 4 standard errors (n / sqrt(12 * 2000)) of n / 2.
-    assert abs(np.mean(values) / n - 0.5) < 4 / np.sqrt(12 * 2000)
-
-
-def test_permutations_of_few_samples_all_occur() -> None:
-    counts = Counter(tuple(map(Permutation(4, f"{key}"), range(4))) for key in range(2400))
-    assert len(counts) == 24
-    assert min(counts.values()) > 50
-    assert max(counts.values()) < 150
-
-
-def test_every_epoch_sees_every_sample_in_a_new_order(counting_shard: Shard) -> None:
-    samples = PackedSamples(counting_shard, seq_len=10, seed=1, vocab_size=1004)
+def test_every_epoch_sees_every_sample_in_a_new_order(counting_corpus: Corpus) -> None:
+    samples = PackedSamples(counting_corpus, seq_len=10, seed=1, vocab_size=1004)
     assert len(samples) == 100
-    epochs = [[int(samples.sample(epoch * 100 + index)[0]) for index in range(100)] for epoch in range(5)]
-    for starts in epochs:
-        assert sorted(starts) == list(range(0, 1000, 10))
-    assert len({tuple(starts) for starts in epochs}) == 5
+    starts = windows(samples, 0, 500)[:, 0].reshape(5, 100)  # in one call over all epochs
+    assert (np.sort(starts, axis=1) == np.arange(0, 1000, 10)).all()
+    assert len({tuple(epoch) for epoch in starts.tolist()}) == 5
 
 
-def test_sample_is_contiguous_and_overlaps_by_one(counting_shard: Shard) -> None:
-    samples = PackedSamples(counting_shard, seq_len=10, seed=1, vocab_size=1004)
-    for index in range(100):
-        sample = samples.sample(index)
-        assert sample.tolist() == list(range(sample[0], sample[0] + 11))
+def test_sample_is_contiguous_and_overlaps_by_one(counting_corpus: Corpus) -> None:
+    """Also where it lies in two shards."""
+    found = windows(PackedSamples(counting_corpus, seq_len=10, seed=1, vocab_size=1004), 0, 100)
+    assert len(counting_corpus.shards) == 5
+    assert (found == found[:, :1] + np.arange(11)).all()
 
 
-def test_order_is_a_function_of_seed_name_and_index(counting_shard: Shard) -> None:
-    def order(seed: int, name: str = "") -> list[int]:
-        samples = PackedSamples(counting_shard, 10, seed, 1004, name)
-        return [int(samples.sample(index)[0]) for index in range(150)]
+def test_order_is_a_function_of_seed_content_and_index(make_corpus: MakeCorpus) -> None:
+    """Shards and paths have no say, other content has; how many are asked for at a time hasn't."""
+    tokens = list(range(1003))
 
-    assert order(1) == order(1)
-    assert order(1) != order(2)
-    assert order(1, "0") != order(1, "1")
-    fresh = PackedSamples(counting_shard, 10, 1, 1004)
-    assert fresh.sample(149)[0] == order(1)[149]
+    def order(seed: int, *tokens_of: list[int], **options: Any) -> list[int]:
+        samples = PackedSamples(make_corpus(tokens_of, 1004, **options), 10, seed, 1004)
+        return [int(start) for start in samples.locate(np.arange(150))[1]]
+
+    plain = order(1, tokens)
+    assert order(1, tokens, name="elsewhere") == plain
+    assert order(1, tokens, name="foreign", manifest=False) == plain
+    assert order(2, tokens) != plain
+    assert order(1, [1, *tokens[1:]], name="changed") != plain
+    samples = PackedSamples(make_corpus([tokens], 1004), 10, 1, 1004)
+    assert [int(samples.locate(np.array([index]))[1][0]) for index in range(150)] == plain
 
 
-def test_order_stays_what_it_was(counting_shard: Shard) -> None:
+def test_order_stays_what_it_was(counting_corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     """A changed order would break the resumption of runs that began before the change."""
-    samples = PackedSamples(counting_shard, seq_len=10, seed=1234, vocab_size=1004)
-    starts = [int(samples.sample(index)[0]) for index in (0, 1, 2, 99, 100, 10**9)]
-    assert starts == [290, 940, 660, 880, 320, 860]
+    monkeypatch.setattr(Corpus, "content_hash", "0123abcd")
+    samples = PackedSamples(counting_corpus, seq_len=10, seed=1234, vocab_size=1004)
+    epochs, found = samples.locate(np.array([0, 1, 2, 99, 100, 10**9]))
+    assert epochs.tolist() == [0, 0, 0, 0, 1, 10**7]
+    assert found.tolist() == [40, 76, 38, 44, 62, 75]
+    part = PackedSamples(counting_corpus, seq_len=10, seed=1234, vocab_size=1004, fraction=0.25)
+    assert part.locate(np.array([0, 1, 24, 25]))[1].tolist() == [77, 39, 61, 31]
+
+
+def test_fractions_nest_and_are_the_same_for_every_seed(counting_corpus: Corpus) -> None:
+    def epoch(fraction: float, seed: int, number: int) -> list[int]:
+        samples = PackedSamples(counting_corpus, 10, seed, 1004, fraction)
+        first = number * len(samples)
+        return [int(index) for index in samples.locate(np.arange(first, first + len(samples)))[1]]
+
+    quarter, half = epoch(0.25, 1, 0), epoch(0.5, 1, 0)
+    assert (len(set(quarter)), len(set(half))) == (25, 50)
+    assert set(quarter) < set(half)
+    assert epoch(0.25, 1, 1) != quarter
+    assert set(epoch(0.25, 1, 1)) == set(epoch(0.25, 7, 0)) == set(quarter)
+    assert epoch(0.25, 7, 0) != quarter
+    assert sorted(epoch(1, 1, 0)) == list(range(100))
+    assert quarter != list(range(25))
+
+
+def test_a_fraction_is_the_decimal_that_was_written(counting_corpus: Corpus) -> None:
+    assert int(0.29 * 100) == 28
+    assert len(PackedSamples(counting_corpus, 10, 0, 1004, fraction=0.29)) == 29
+    with pytest.raises(
+        MegamupError, match=r"fraction=0\.009 of its 100 samples .*less than one; expected at least 0\.01"
+    ):
+        PackedSamples(counting_corpus, 10, 0, 1004, fraction=0.009)
+
+
+def test_nothing_grows_with_the_corpus() -> None:
+    """An epoch of 10^12 samples is as quick to order as one of ten."""
+    corpus = cast(Corpus, SimpleNamespace(n_tokens=10**13, manifest=None, content_hash="0", prefix="large"))
+    samples = PackedSamples(corpus, 10, 1, 1004, fraction=0.5)
+    tracemalloc.start()
+    epochs, found = samples.locate(np.array([0, 10**11, 5 * 10**11, 10**15]))
+    assert tracemalloc.get_traced_memory()[1] < 100_000
+    tracemalloc.stop()
+    assert epochs.tolist() == [0, 0, 1, 2000]
+    assert len(set(found.tolist())) == 4
+    assert max(found) < len(samples) * 2
 
 
 @pytest.mark.parametrize("n_tokens", [1, 5, 9, 10, 11, 20, 21, 1003])
 @pytest.mark.parametrize("manifest", [True, False])
-def test_every_token_is_a_target_once_in_evaluation(make_shard: MakeShard, n_tokens: int, manifest: bool) -> None:
+def test_every_token_is_a_target_once_in_evaluation(make_corpus: MakeCorpus, n_tokens: int, manifest: bool) -> None:
     tokens = [*range(n_tokens - 1), 1003]
-    shard = make_shard([tokens], vocab_size=1004, manifest=manifest)
-    samples = SequentialSamples(shard, seq_len=10, vocab_size=1004)
+    samples = SequentialSamples(make_corpus([tokens], 1004, manifest=manifest), seq_len=10, vocab_size=1004)
     seen, inputs = [], []
-    for index in range(len(samples) + 3):
-        sample = samples.sample(index)
-        assert sample.shape == (11,)
-        count = samples.n_targets(index)
-        seen += sample[1 : 1 + count].tolist()
-        inputs += sample[:count].tolist()
+    batch = collate(samples, np.arange(len(samples) + 3))
+    for window, count in zip(batch.window, batch.n_targets.tolist(), strict=True):
+        seen += window[1 : 1 + count].tolist()
+        inputs += window[:count].tolist()
     assert seen == tokens
     assert inputs == [1003, *tokens[:-1]]
 
 
-def test_too_few_tokens(make_shard: MakeShard) -> None:
-    shard = make_shard([list(range(10))])
+def test_too_few_tokens(make_corpus: MakeCorpus) -> None:
+    corpus = make_corpus([list(range(10))])
     with pytest.raises(MegamupError, match=r"holds 10 tokens; a sample of data\.seq_len=10 needs 11"):
-        PackedSamples(shard, seq_len=10, seed=0, vocab_size=257)
-    assert len(PackedSamples(shard, seq_len=9, seed=0, vocab_size=257)) == 1
+        PackedSamples(corpus, seq_len=10, seed=0, vocab_size=257)
+    assert len(PackedSamples(corpus, seq_len=9, seed=0, vocab_size=257)) == 1
 
 
-def test_vocabulary_is_checked_at_once_with_a_manifest(make_shard: MakeShard) -> None:
-    shard = make_shard([[1, 200, 3]])
+def test_vocabulary_is_checked_at_once_with_a_manifest(make_corpus: MakeCorpus) -> None:
+    corpus = make_corpus([[1, 200, 3]])
     for open_samples in (
-        lambda: PackedSamples(shard, 2, 0, vocab_size=200),
-        lambda: SequentialSamples(shard, 2, vocab_size=200),
+        lambda: PackedSamples(corpus, 2, 0, vocab_size=200),
+        lambda: SequentialSamples(corpus, 2, vocab_size=200),
     ):
         with pytest.raises(MegamupError, match=r"holds token id 200, outside model\.vocab_size=200"):
             open_samples()
 
 
-@pytest.mark.parametrize("shard_vocabulary", [257, 70_000])
-def test_vocabulary_is_checked_in_every_sample(make_shard: MakeShard, shard_vocabulary: int) -> None:
-    shard = make_shard([[1, 2, 200, 3]], shard_vocabulary, manifest=False)
-    message = r"shard '.*shard': token 2 has id 200, outside model\.vocab_size=200"
-    with pytest.raises(MegamupError, match=message):
-        PackedSamples(shard, 3, 0, vocab_size=200).sample(0)
-    with pytest.raises(MegamupError, match=message):
-        SequentialSamples(shard, 3, vocab_size=200).sample(0)
+@pytest.mark.parametrize("corpus_vocabulary", [257, 70_000])
+def test_vocabulary_is_checked_in_every_sample(make_corpus: MakeCorpus, corpus_vocabulary: int) -> None:
+    corpus = make_corpus([[1, 2, 200, 3]], corpus_vocabulary, manifest=False)
+    for samples in (PackedSamples(corpus, 3, 0, vocab_size=200), SequentialSamples(corpus, 3, vocab_size=200)):
+        with pytest.raises(MegamupError, match=r"corpus '.*corpus': token 2 has id 200, outside model\.vocab_size=200"):
+            windows(samples, 0, 1)
 
 
-def test_negative_ids_are_found(make_shard: MakeShard) -> None:
-    shard = make_shard([[1, 2, 3, 4]], vocab_size=70_000, manifest=False)
-    shard.bin_path.write_bytes(np.array([1, -2, 3, 4], "<i4").tobytes())
+def test_negative_ids_are_found(make_corpus: MakeCorpus) -> None:
+    corpus = make_corpus([[1, 2, 3, 4]], vocab_size=70_000, manifest=False)
+    corpus.shards[0].bin_path.write_bytes(np.array([1, -2, 3, 4], "<i4").tobytes())
     with pytest.raises(MegamupError, match=r"token 1 has id -2"):
-        PackedSamples(Shard(shard.prefix), 3, 0, vocab_size=70_000).sample(0)
+        windows(PackedSamples(Corpus(corpus.prefix), 3, 0, vocab_size=70_000), 0, 1)

@@ -12,13 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from megamup.config import dump_config, load_config
-from megamup.data.shards import ShardWriter, publish
+from megamup.data.consumed import documents_of_step
+from megamup.data.corpus import Corpus
+from megamup.data.loader import TensorBatch
+from megamup.data.writer import write_corpus
 from megamup.errors import MegamupError, OneRankError
 from megamup.flops import flops_per_token
+from megamup.parallel.mesh import SINGLE
+from megamup.train.engine import weigh
 from megamup.train.fork import run_ranks
-from megamup.train.loop import DivergedError, train
+from megamup.train.loop import DivergedError, start, train, train_step
 
 
 def test_run_folder_holds_what_the_tools_read(make_config: Any, read_metrics: Any) -> None:
@@ -53,8 +59,6 @@ def test_schedule_reaches_the_groups_with_their_scales(make_config: Any) -> None
 
 
 def rates_after_training(config: Any) -> list[tuple[float, float, float]]:
-    from megamup.train.loop import start, train_step
-
     training = start(config, 1, None)
     record = [train_step(training, step) for step in range(3)][-1]
     groups = training.engine.deepspeed.optimizer.param_groups
@@ -68,8 +72,6 @@ def test_divergence_is_one_error_that_names_the_rate(make_config: Any) -> None:
 
 
 def test_missing_shard_is_found_before_any_process_group(make_config: Any, tmp_path: Path) -> None:
-    import torch.distributed as dist
-
     with pytest.raises(MegamupError, match="nowhere"):
         train(make_config(f"data.train={tmp_path / 'nowhere'}"))
     assert not dist.is_initialized()
@@ -79,10 +81,7 @@ def test_token_beyond_the_vocabulary_names_shard_and_place(make_config: Any, tmp
     """A foreign shard without a manifest is checked as it is read, on the rank that reads it."""
     ids = np.full(20_000, 7, dtype=np.uint16)
     ids[15_000] = 300
-    with ShardWriter(str(tmp_path / "bad"), 400) as writer:
-        writer.add(ids, [len(ids)])
-        writer.finish(eod_id=0, tokenizer="t", tokenizer_sha256="0" * 64, text_bytes=1, sources=[])
-        publish([writer])
+    write_corpus(str(tmp_path / "bad"), [ids], 400, eod_id=0)
     (tmp_path / "bad.json").unlink()
     config = make_config(f"data.train={tmp_path / 'bad'}", "train.steps=40")
     with pytest.raises(OneRankError, match=r"bad.*15000.*300.*256|bad.*300"):
@@ -96,6 +95,76 @@ def test_blend_of_shards_trains(make_config: Any, shards: Path, read_metrics: An
     assert load_config([config.run.folder / "config.yaml"]) == config
     assert dump_config(config)
     assert read_metrics(config)[-1]["loss"] < read_metrics(config)[0]["loss"]
+
+
+def test_epochs_are_told_and_recorded(
+    make_config: Any, shards: Path, read_metrics: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sources = (
+        f"[{{prefix: '{shards / 'train'}', weight: 3}}, {{prefix: '{shards / 'valid'}', weight: 1, fraction: 0.5}}]"
+    )
+    config = make_config(f"data.train={sources}", "train.steps=32")  # 624 and 11 samples; 192 and 64 are read
+    run_ranks(train, 1, config)
+    record = read_metrics(config)[-1]
+    assert (record["epochs_train"], record["epochs_valid"]) == (192 / 624, 64 / 11)
+    lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("data.")]
+    assert [line.split(":")[0] for line in lines] == ["data.train train", "data.train valid", "data.valid valid"]
+    assert "75% of the batches, 0.308 epochs in this run" in lines[0]
+    assert "(fraction 0.5), 25% of the batches, 5.82 epochs in this run; warning: past 4 epochs" in lines[1]
+    assert "warning: trained on" in lines[2]
+
+
+def test_one_source_has_plain_epochs(make_config: Any, read_metrics: Any) -> None:
+    config = make_config("train.steps=3")
+    run_ranks(train, 1, config)
+    assert [record["epochs"] for record in read_metrics(config)] == [8 / 624, 16 / 624, 24 / 624]
+
+
+def test_documents_of_a_step_are_those_that_were_trained_on(make_config: Any, shards: Path) -> None:
+    """What the record of a run tells, against the batch that its second rank trained on at step 7."""
+    config = make_config("train.steps=8", "data.fraction=0.5", "data.prefetch=1")
+    (_, seen) = run_ranks(batch_of_step, 2, config, 7)
+    corpus = Corpus(str(shards / "train"))
+    samples = documents_of_step(config.run.folder, 7)
+    assert [corpus.tokens(sample.start, sample.stop).tolist() for sample in samples[4:]] == seen
+    assert {part.document for sample in samples for part in sample.parts} == {0, 1}
+
+
+def batch_of_step(config: Any, step: int) -> list[list[int]]:
+    run = start(config, 2, None)
+    seen: list[list[int]] = []
+    train_batch = run.engine.train_batch
+
+    def watched(batch: Any, lr: float) -> Any:
+        for micro in batch:
+            seen.extend(torch.cat([micro.tokens, micro.targets[:, -1:]], dim=1).tolist())
+        return train_batch(batch, lr)
+
+    run.engine.train_batch = watched  # type: ignore[method-assign]
+    for number in range(step):
+        seen.clear()
+        train_step(run, number)
+    return seen
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_weights_are_shares_of_the_global_batchs_targets(padded: bool) -> None:
+    """One number where all targets count; else the mask times it, so that padding has no say."""
+    window = torch.arange(22).reshape(2, 11)
+    mask = torch.arange(10) < torch.tensor([[10], [3]])
+    batches = [
+        TensorBatch(window, 20, None),
+        TensorBatch(window, 13, mask) if padded else TensorBatch(window, 20, None),
+    ]
+    micro, targets = weigh(batches, SINGLE.data, torch.device("cpu"))
+    assert int(targets) == (33 if padded else 40)
+    losses = torch.rand(2, 2, 10)
+    mean = sum((loss * batch.weights).sum() for loss, batch in zip(losses, micro, strict=True)) / 2
+    counted = [losses[0].flatten(), losses[1][mask] if padded else losses[1].flatten()]
+    assert float(mean) == pytest.approx(float(torch.cat(counted).mean()))
+    assert all(batch.weights.dtype == torch.float32 for batch in micro)
+    assert torch.equal(micro[0].tokens, window[:, :-1])
+    assert torch.equal(micro[0].targets, window[:, 1:])
 
 
 def test_wandb_offline_and_tensorboard_are_copies(make_config: Any, monkeypatch: Any, tmp_path: Path) -> None:
@@ -142,7 +211,6 @@ def train_with_small_files(config: Any) -> None:
 
 
 def test_clipped_gradients_have_the_norm_asked_for() -> None:
-    from megamup.parallel.mesh import SINGLE
     from megamup.train.optim import ClipByGlobalNorm
 
     shards = [torch.nn.Parameter(torch.zeros(5)), torch.nn.Parameter(torch.zeros(3))]

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from megamup.config import Config
+from megamup.data.writer import write_corpus
 from megamup.errors import MegamupError
 from megamup.train import checkpoint
 from megamup.train.fork import RankError, Ranks, run_ranks
@@ -209,3 +210,55 @@ def test_checkpoints_of_an_unknown_config_are_refused(make_config: Any) -> None:
     (config.run.folder / "config.yaml").unlink()
     with pytest.raises(MegamupError, match=r"holds checkpoints but no config\.yaml"):
         train(make_config("train.steps=2", "optim.lr=0.5"))
+
+
+@pytest.fixture
+def own_data(tmp_path: Path) -> Path:
+    """Prefix of a corpus that a test may change."""
+    write_corpus(str(tmp_path / "data" / "train"), [list(range(1, 256)) * 40], 256, eod_id=0)
+    return tmp_path / "data" / "train"
+
+
+def stop_half_way(config: Config) -> None:
+    run_ranks(train, 1, config)
+    shutil.rmtree(config.run.folder / "checkpoints" / "step-00000004")
+
+
+def test_another_corpus_at_the_same_place_is_refused(make_config: Any, own_data: Path) -> None:
+    """Before a process group exists: this process has none."""
+    config = make_config("train.steps=4", "train.save_every=2", f"data.train={own_data}")
+    stop_half_way(config)
+    write_corpus(str(own_data), [list(range(255, 0, -1)) * 40], 256, eod_id=0)
+    changed = rf"data\.train '{own_data}': content_hash '\w{{64}}' there, '\w{{64}}' now"
+    with pytest.raises(MegamupError, match=rf"a run on other data; restore it; set run.*\n  {changed}"):
+        train(config)
+
+
+def test_moved_data_is_the_same_data(make_config: Any, own_data: Path, read_metrics: Any) -> None:
+    options = ("train.steps=4", "train.save_every=2", "data.valid=null")
+    config = make_config(*options, f"data.train={own_data}")
+    stop_half_way(config)
+    expected = computed(read_metrics(config))
+    moved = own_data.parent.rename(own_data.parents[1] / "moved") / "train"
+    run_ranks(train, 1, make_config(*options, f"data.train={moved}", "data.prefetch=5"))
+    assert computed(read_metrics(config)) == expected
+    assert f'"prefix": "{moved}"' in (config.run.folder / "data.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [("data.fraction=0.5", r"fraction 1\.0 there, 0\.5 now"), ("data.valid=null", r"data\.valid: 'valid' is gone")],
+)
+def test_other_use_of_the_data_is_refused(make_config: Any, override: str, expected: str) -> None:
+    run_ranks(train, 1, make_config("train.steps=2"))
+    with pytest.raises(MegamupError, match=expected):
+        train(make_config("train.steps=2", override))
+
+
+def test_checkpoints_without_a_record_of_their_data_are_refused(make_config: Any) -> None:
+    """As megamup wrote them when its order of samples was another one."""
+    config = make_config("train.steps=4", "train.save_every=2")
+    stop_half_way(config)
+    (config.run.folder / "data.json").unlink()
+    with pytest.raises(MegamupError, match=r"holds checkpoints but no data\.json"):
+        train(config)

@@ -1,9 +1,14 @@
-"""``megamup NAME ...``: the programs of tools/ and launch/, where the package is installed without its checkout."""
+"""``megamup NAME ...``: the programs of tools/ and launch/, where the package is installed without its checkout.
+
+What the programs share is here too: how they end, and the types of their arguments.
+"""
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +37,43 @@ def report_errors(action: Callable[[], None], interrupted: str = "interrupted") 
         print(interrupted, file=sys.stderr)
         return 130
     return 0
+
+
+def fraction(text: str) -> float:
+    """An argument between 0 and 1."""
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a number between 0 and 1")
+    return value
+
+
+def positive(text: str) -> int:
+    """An argument that counts something."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a positive number")
+    return value
+
+
+def byte_size(text: str) -> int:
+    """An argument in bytes, with a unit if it likes: 500MB, 2GiB."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", text.strip().lower())
+    size = int(float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2] or " ")) if match else 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a size such as 500MB or 2GiB")
+    return size
+
+
+def add_shard_size(parser: argparse._ActionsContainer, default: str | None = "16GB") -> None:
+    """--shard-size of the programs that write shards."""
+    parser.add_argument(
+        "--shard-size",
+        type=byte_size,
+        default=default,
+        metavar="S",
+        help="largest .bin, such as 500MB; more than one shard is numbered P-00000, P-00001, ..."
+        + (f" (default: {default})" if default else ""),
+    )
 
 
 def programs() -> dict[str, Path]:

@@ -3,45 +3,80 @@
 
 tools/preprocess_data.py --input corpus.jsonl.gz --output-prefix data/c4 --tokenizer tok.model --workers 8
 tools/preprocess_data.py --input src/ --suffix .py --exclude test --output-prefix data/code --tokenizer bytes
+tools/preprocess_data.py --input hf:allenai/c4:en --output-prefix data/c4 --tokenizer tiktoken:gpt2 --executor ray
+
+Interrupted or killed, the same command goes on where it stopped; the bytes that come out are the same. On a cluster
+without Ray, jobs with --part 0/8 ... --part 7/8 share the work, and the same command with --merge ends it.
 """
 
 import argparse
 import os
 import sys
 import time
+from contextlib import ExitStack
 
-from megamup.cli import report_errors
-from megamup.data.preprocess import Encoder, Report, preprocess
-from megamup.data.readers import Found, add_input_arguments, describe_skipped, find_files
-from megamup.data.tokenizer import load_tokenizer
+from megamup.data.filters import describe_filters
+from megamup.data.sources import Found, add_input_arguments, describe_skipped, find, read_options
+from megamup.data.units import plan_units
+
+from megamup.cli import add_shard_size, fraction, positive, report_errors
+from megamup.data.encode import Encoder
+from megamup.data.executors import make_executor
+from megamup.data.manifest import Manifest
+from megamup.data.preprocess import Job, Outcome, Run, first_texts
+from megamup.data.progress import ByteProgress
+from megamup.data.tokenizer import Tokenizer, fastest_exact, load_tokenizer
+from megamup.data.work_folder import WorkFolder
 from megamup.errors import MegamupError
 
 
-def fraction(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected a number between 0 and 1")
-    return value
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected a positive number")
-    return value
+def part_of(text: str) -> tuple[int, int]:
+    number, _, parts = text.partition("/")
+    if not (number.isdigit() and parts.isdigit() and int(number) < int(parts)):
+        raise argparse.ArgumentTypeError(f"{text}: expected I/N with I from 0 to N-1, such as 0/8")
+    return int(number), int(parts)
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_input_arguments(parser)
-    parser.add_argument("--output-prefix", required=True, metavar="P", help="shard to write")
-    parser.add_argument("--tokenizer", required=True, metavar="SPEC", help="a SentencePiece .model file, or `bytes`")
+    parser.add_argument("--output-prefix", required=True, metavar="P", help="corpus to write")
+    parser.add_argument(
+        "--tokenizer",
+        required=True,
+        metavar="SPEC",
+        help="a SentencePiece .model, a tokenizer.json, tiktoken:NAME, a .tiktoken rank file, vocab.json beside "
+        "merges.txt, or `bytes`",
+    )
+    parser.add_argument(
+        "--eod", metavar="TOKEN", help="token that ends documents, where the tokenizer's files leave it open"
+    )
+    parser.add_argument(
+        "--backend",
+        choices=["fastest", "reference"],
+        default="fastest",
+        help="fastest: a fast library where it is found to give the reference's ids, document by document (default); "
+        "reference: the library that the tokenizer's format is of",
+    )
     parser.add_argument(
         "--workers",
         type=positive,
         default=len(os.sched_getaffinity(0)),
         help="processes that tokenize, without effect on the output (default: the cores, %(default)s)",
     )
+    parser.add_argument(
+        "--executor",
+        choices=["processes", "ray"],
+        default="processes",
+        help="ray: a Ray cluster (RAY_ADDRESS, else one on this machine) that shares the file system "
+        "of input and output",
+    )
+    share = parser.add_mutually_exclusive_group()
+    share.add_argument(
+        "--part", type=part_of, metavar="I/N", help="do only the I-th (from 0) of N parts, for --merge later"
+    )
+    share.add_argument("--merge", action="store_true", help="make the corpus of parts that are done")
+    add_shard_size(parser)
     parser.add_argument(
         "--valid-fraction",
         type=fraction,
@@ -56,43 +91,85 @@ def build_parser() -> argparse.ArgumentParser:
         default="stop",
         help="on a document that isn't UTF-8 or valid JSON: stop (default), or leave it out and report it",
     )
+    parser.add_argument(
+        "--filter",
+        action="append",
+        default=[],
+        metavar="SPEC",
+        dest="filters",
+        help=f"keep only what passes: {describe_filters()}",
+    )
     return parser
 
 
-def print_report(report: Report, found: Found, seconds: float) -> None:
-    for prefix, shard in report.shards.items():
+def print_report(manifests: dict[str, Manifest], outcome: Outcome, found: Found, seconds: float) -> None:
+    for prefix, manifest in manifests.items():
+        shards = f" in {len(manifest.shards)} shards" if len(manifest.shards) > 1 else ""
         print(
-            f"{prefix}: {shard.documents:,} documents, {shard.tokens:,} tokens ({shard.dtype}), "
-            f"{shard.text_bytes / shard.tokens:.2f} bytes per token"
+            f"{prefix}: {manifest.documents:,} documents, {manifest.tokens:,} tokens ({manifest.dtype}){shards}, "
+            f"{manifest.text_bytes / manifest.tokens:.2f} bytes per token"
         )
-    size = sum(shard.text_bytes for shard in report.shards.values())
+    size = sum(manifest.text_bytes for manifest in manifests.values())
     print(
-        f"{size / 1e6:,.1f} MB of text from {len(found.files):,} files{describe_skipped(found)} "
+        f"{size / 1e6:,.1f} MB of text from {len(found.sources):,} files{describe_skipped(found)} "
         f"in {seconds:.1f} s: {size / 1e6 / seconds:.1f} MB/s"
     )
-    if report.empty:
-        print(f"skipped {report.empty:,} empty documents")
-    if report.unreadable:
-        print(f"skipped {report.unreadable:,} unreadable documents:")
-        print("\n".join(f"  {reason}" for reason in report.named))
-        if report.unreadable > len(report.named):
-            print(f"  and {report.unreadable - len(report.named):,} more")
+    for reason, count in sorted(outcome.left_out.items()):
+        print(f"left out {count:,} documents: {reason}")
+    for line in outcome.named:
+        print(f"  {line}")
+    if outcome.left_out["unreadable"] > len(outcome.named):
+        print(f"  and {outcome.left_out['unreadable'] - len(outcome.named):,} more")
+    if outcome.forced_cuts:
+        print(
+            f"encoded {outcome.forced_cuts:,} long stretches without a space in parts: tokens there may differ from "
+            "the whole's"
+        )
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
-    return report_errors(lambda: run(arguments), "interrupted: nothing was written")
+    return report_errors(lambda: run(arguments), "interrupted: what is done is kept; the same command goes on")
 
 
 def run(arguments: argparse.Namespace) -> None:
     start = time.monotonic()
-    if not os.path.basename(arguments.output_prefix):
-        raise MegamupError(f"--output-prefix {arguments.output_prefix}: a folder; add a name, such as data")
-    tokenizer = load_tokenizer(arguments.tokenizer)
-    found = find_files(arguments.input, arguments.suffix, arguments.exclude)
-    encoder = Encoder(tokenizer, arguments.text_key, arguments.valid_fraction, arguments.seed, arguments.on_error)
-    report = preprocess(found, encoder, arguments.output_prefix, arguments.workers)
-    print_report(report, found, time.monotonic() - start)
+    prefix = arguments.output_prefix
+    if not os.path.basename(prefix):
+        raise MegamupError(f"--output-prefix {prefix}: a folder; add a name, such as data")
+    part = None if arguments.part is None else arguments.part[0]
+    if "-" in arguments.input and (arguments.part or arguments.merge):
+        raise MegamupError("--input -: standard input can't be shared by parts; write it to a file first")
+    tokenizer: Tokenizer = load_tokenizer(arguments.tokenizer, arguments.eod)
+    with ExitStack() as stack:
+        work = WorkFolder(prefix)
+        stack.enter_context(work.held(part))
+        found = find(arguments.input, arguments.suffix, arguments.exclude, spool=work.path / "stdin")
+        options = read_options(arguments, arguments.on_error)
+        units = plan_units(found)
+        if arguments.backend == "fastest":
+            tokenizer = fastest_exact(tokenizer, first_texts(units, options))
+        encoder = Encoder(tokenizer, arguments.filters, arguments.valid_fraction, arguments.seed)
+        job = Job(prefix, found, units, options, encoder, arguments.shard_size)
+        progress = stack.enter_context(ByteProgress("tokenizing", found.total_bytes))
+        executor = stack.enter_context(make_executor(arguments.executor, arguments.workers))
+        work_on(Run(job, work, executor, progress), arguments, start)
+
+
+def work_on(run: Run, arguments: argparse.Namespace, start: float) -> None:
+    """All of the job, one part of it, or its end."""
+    units = range(len(run.job.units))
+    if arguments.part:
+        number, parts = arguments.part
+        run.encode(units[number::parts], assembling=False)
+        print(
+            f"part {number}/{parts} is done: {len(units[number::parts]):,} of {len(units):,} units; --merge comes last"
+        )
+        return
+    if not arguments.merge:
+        run.encode(units, assembling=True)
+    manifests = run.finish()
+    print_report(manifests, run.outcome, run.job.found, time.monotonic() - start)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,42 @@
 #!/usr/bin/env python3
-"""Train a SentencePiece tokenizer, PREFIX.model, that gives every text back exactly.
+"""Train a tokenizer that gives every text back exactly.
 
-tools/train_tokenizer.py --input corpus.jsonl --vocab-size 32000 --output data/tok
+bpe, unigram: a SentencePiece model, PREFIX.model    byte-bpe: byte-level BPE as GPT-2's, a tokenizer.json, PREFIX.json
+
+tools/train_tokenizer.py --input corpus.jsonl --vocab-size 32000 --output data/tok --type byte-bpe
 """
 
 import argparse
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 from megamup.cli import report_errors
-from megamup.data.readers import add_input_arguments, describe_skipped, find_files
-from megamup.data.tokenizer_training import sample_sentences, train_sentencepiece, write_tokenizer
+from megamup.data.sources import add_input_arguments, describe_skipped, find, read_options
+from megamup.data.tokenizer_training import (
+    ended_by_interrupt,
+    sample_text,
+    sentences,
+    stretches,
+    train_byte_bpe,
+    train_sentencepiece,
+    write_tokenizer,
+)
+from megamup.errors import MegamupError
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_input_arguments(parser)
-    parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help="pieces, 256 bytes among them")
-    parser.add_argument("--output", required=True, metavar="PREFIX", help="PREFIX.model is written")
-    parser.add_argument("--type", choices=["bpe", "unigram"], default="bpe", help="default: bpe")
+    parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help="tokens, 256 bytes among them")
+    parser.add_argument("--output", required=True, metavar="PREFIX", help="PREFIX.model or PREFIX.json is written")
+    parser.add_argument("--type", choices=["bpe", "unigram", "byte-bpe"], default="bpe", help="default: bpe")
+    parser.add_argument(
+        "--pattern",
+        choices=["gpt2", "llama3"],
+        help="of byte-bpe: how text is split before merging (default: gpt2); llama3 takes digits by three",
+    )
     parser.add_argument(
         "--max-bytes",
         type=int,
@@ -36,16 +54,26 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> None:
     start = time.monotonic()
-    found = find_files(arguments.input, arguments.suffix, arguments.exclude)
-    sample = sample_sentences(found, arguments.text_key, arguments.max_bytes)
+    byte_level = arguments.type == "byte-bpe"
+    if arguments.pattern and not byte_level:
+        raise MegamupError(f"--pattern {arguments.pattern}: expected with --type byte-bpe only, not {arguments.type}")
+    with tempfile.TemporaryDirectory() as folder:
+        found = find(arguments.input, arguments.suffix, arguments.exclude, spool=Path(folder, "stdin"))
+        divide = stretches if byte_level else sentences
+        sample = sample_text(found, read_options(arguments), arguments.max_bytes, divide)
     print(
-        f"training {arguments.type} of {arguments.vocab_size:,} pieces on {sample.kept_bytes / 1e6:,.1f} MB "
-        f"of {len(found.files):,} files{describe_skipped(found)}",
+        f"training {arguments.type} of {arguments.vocab_size:,} tokens on {sample.kept_bytes / 1e6:,.1f} MB "
+        f"of {len(found.sources):,} files{describe_skipped(found)}",
         file=sys.stderr,
     )
-    model = train_sentencepiece(sample.kept, arguments.vocab_size, arguments.type)
-    tokenizer = write_tokenizer(model, arguments.output)
-    print(f"{arguments.output}.model: {tokenizer.vocab_size:,} pieces, in {time.monotonic() - start:.1f} s")
+    with ended_by_interrupt():
+        if byte_level:
+            data = train_byte_bpe(sample.kept, arguments.vocab_size, arguments.pattern or "gpt2")
+        else:
+            data = train_sentencepiece(sample.kept, arguments.vocab_size, arguments.type)
+    path = Path(f"{arguments.output}.{'json' if byte_level else 'model'}")
+    tokenizer = write_tokenizer(data, path)
+    print(f"{path}: {tokenizer.vocab_size:,} tokens, in {time.monotonic() - start:.1f} s")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,23 @@
-"""Train a SentencePiece tokenizer that gives every text back exactly."""
+"""Train tokenizers that give every text back exactly: SentencePiece models and byte-level BPE."""
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from megamup.data.documents import ReadOptions
 from megamup.data.pending import PendingFile
 from megamup.data.progress import ByteProgress
-from megamup.data.readers import Found, parse, records
-from megamup.data.tokenizer import SentencePieceTokenizer
+from megamup.data.sources import Found
+from megamup.data.tokenizer import FileTokenizer, load_tokenizer
+from megamup.data.tokenizer.base import require
+from megamup.data.units import plan_units
 from megamup.errors import MegamupError
 
 BYTE_PIECES = 256
@@ -23,11 +29,23 @@ SEPARATORS = re.compile("[\n\r\t\0\u2581\u2585]+")
 # character.
 SENTENCE = re.compile(r".{1,1000}(?= |\Z)|.{1,1000}", re.DOTALL)
 
+END_OF_TEXT = "<|endoftext|>"
+Pattern = Literal["gpt2", "llama3"]
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
 
 def sentences(text: str) -> Iterator[str]:
     """`text` in the pieces that SentencePiece can learn from; spaces are kept."""
     for line in SEPARATORS.split(text):
         yield from SENTENCE.findall(line)
+
+
+def stretches(text: str) -> Iterator[str]:
+    """`text` in pieces of at most 1,000 characters, that together are the text; cut before spaces where there are."""
+    yield from SENTENCE.findall(text)
 
 
 class EvenSample:
@@ -54,20 +72,36 @@ class EvenSample:
             self._stride *= 2
 
 
-def sample_sentences(found: Found, text_key: str, max_bytes: int) -> EvenSample:
-    """Sentences of all documents, evenly thinned to `max_bytes`.
+def sample_text(
+    found: Found, options: ReadOptions, max_bytes: int, divide: Callable[[str], Iterable[str]]
+) -> EvenSample:
+    """What `divide` makes of all documents, evenly thinned to `max_bytes`.
 
     Raises:
         MegamupError: a document can't be read.
     """
     sample = EvenSample(max_bytes)
     with ByteProgress("reading", found.total_bytes) as progress:
-        for path in found.files:
-            for record in records(path):
-                for sentence in sentences(parse(record, text_key)):
-                    sample.add(sentence)
-                progress.advance(record.source_bytes)
+        for unit in plan_units(found):
+            for _, batches in unit.pieces(options, lambda _: True):
+                for batch in batches:
+                    for text in batch.texts:
+                        for part in divide(text):
+                            sample.add(part)
+                    progress.advance(batch.source_bytes)
+    if not sample.kept:
+        raise MegamupError("no text to train on: the input holds only line breaks or tabs")
     return sample
+
+
+@contextmanager
+def ended_by_interrupt() -> Iterator[None]:
+    """Ctrl-C ends the process at once: while a library trains, Python would hear of it only at the end."""
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def train_sentencepiece(sample: list[str], vocab_size: int, model_type: Literal["bpe", "unigram"]) -> bytes:
@@ -79,15 +113,12 @@ def train_sentencepiece(sample: list[str], vocab_size: int, model_type: Literal[
     Raises:
         MegamupError: the vocabulary is too small for bytes and characters, or too large for the text.
     """
-    import sentencepiece
-
+    sentencepiece = require("sentencepiece")
     smallest = BYTE_PIECES + META_PIECES + 1
     if vocab_size < smallest:
         raise MegamupError(
             f"--vocab-size {vocab_size}: expected at least {smallest}: 256 bytes, <unk>, </s> and one piece"
         )
-    if not sample:
-        raise MegamupError("no text to train on: the input holds only line breaks or tabs")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.Train(
@@ -124,17 +155,57 @@ def _explain(message: str, vocab_size: int) -> str:
     return f"SentencePiece failed: {message}"
 
 
-def write_tokenizer(model: bytes, prefix: str) -> SentencePieceTokenizer:
-    """Write `prefix`.model, whole or not at all, and load it.
+def train_byte_bpe(sample: list[str], vocab_size: int, pattern: Pattern) -> bytes:
+    """A tokenizer.json of byte-level BPE with exactly `vocab_size` tokens: END_OF_TEXT, the 256 bytes, and merges.
+
+    Args:
+        sample: text to count in.
+        vocab_size: tokens.
+        pattern: how text is split before merging, which never joins two parts: as GPT-2 does, or Llama 3 (digits by
+            three, line breaks with what stands before).
+
+    Raises:
+        MegamupError: the vocabulary is too small for the bytes, or too large for the text.
+    """
+    tokenizers = require("tokenizers")
+    smallest = BYTE_PIECES + 1
+    if vocab_size < smallest:
+        raise MegamupError(f"--vocab-size {vocab_size}: expected at least {smallest}: 256 bytes and {END_OF_TEXT}")
+    byte_level = tokenizers.pre_tokenizers.ByteLevel
+    tokenizer: Any = tokenizers.Tokenizer(tokenizers.models.BPE())
+    if pattern == "gpt2":
+        tokenizer.pre_tokenizer = byte_level(add_prefix_space=False)
+    else:
+        split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(LLAMA3_PATTERN), "isolated")
+        bytes_only = byte_level(add_prefix_space=False, use_regex=False)
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, bytes_only])
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=byte_level.alphabet(),
+        show_progress=sys.stderr.isatty(),
+    )
+    tokenizer.train_from_iterator(sample, trainer, length=len(sample))
+    if tokenizer.get_vocab_size() < vocab_size:
+        raise MegamupError(
+            f"--vocab-size {vocab_size} is too large for so little text: expected at most "
+            f"{tokenizer.get_vocab_size()}, or more text"
+        )
+    return str(tokenizer.to_str(pretty=True)).encode()
+
+
+def write_tokenizer(data: bytes, path: Path) -> FileTokenizer:
+    """Write `path`, whole or not at all, and load it.
 
     Raises:
         MegamupError: the file can't be written.
     """
-    file = PendingFile(Path(f"{prefix}.model"))
+    file = PendingFile(path)
     try:
-        file.write(model)
+        file.write(data)
         file.sync()
         file.publish()
     finally:
         file.discard()
-    return SentencePieceTokenizer(file.path)
+    return load_tokenizer(str(path))

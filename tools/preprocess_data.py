@@ -120,10 +120,10 @@ def print_report(manifests: dict[str, Manifest], outcome: Outcome, found: Found,
         print(f"  {line}")
     if outcome.left_out["unreadable"] > len(outcome.named):
         print(f"  and {outcome.left_out['unreadable'] - len(outcome.named):,} more")
-    if outcome.forced_cuts:
+    if outcome.inexact_cuts:
         print(
-            f"encoded {outcome.forced_cuts:,} long stretches without a space in parts: tokens there may differ from "
-            "the whole's"
+            f"long documents were encoded in parts; at {outcome.inexact_cuts:,} places the tokens beside the cut are "
+            "others than those of the whole"
         )
 
 

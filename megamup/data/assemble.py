@@ -31,6 +31,7 @@ class Segment:
     stop: int
     """Their tokens in the piece."""
 
+
 @dataclass
 class ShardPlan:
     """The shards of one part of the output: pieces come in, in order, and full shards come out.

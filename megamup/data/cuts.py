@@ -10,7 +10,7 @@ after the other give the tokens of the whole. The patterns also have one
 - before a space behind punctuation; not before a line break there, which some of them take along.
 
 Two kinds of tokenizer see more than that: those that put a space before every text, also where it begins with one, and
-those whose tokens span words. They tokenize the words beside a cut a little differently.
+those whose tokens span words. They tokenize the words beside a cut a little differently; the encoder counts such cuts.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import NamedTuple
 LONG = 4 << 20
 """Bytes of a line or a file, or characters of a text: a document above that is handed on in several texts."""
 TEXT_CHARACTERS = 1 << 20
-"""Of each of these texts; up to `LONG` where there is no good place to cut."""
+"""Of each of these texts, at most; at least half of that (but the last). Up to `LONG` where no place to cut is good."""
 
 GOOD_PLACES = tuple(map(re.compile, (r"(?<=[^\W\d_]) (?=[^\W\d_])", r"(?<=[^\W_])(?=\s)", r"(?<=\S)(?= )")))
 WHITE_SPACE = re.compile(r"(?<=\S)(?=\s)")
@@ -33,7 +33,7 @@ ZERO_WIDTH_JOINER = "\u200d"
 
 
 def cut(text: str) -> int:
-    """The last place of the best kind at which `text` can be cut without a change of tokens; 0: there is none."""
+    """Where to cut without a change of tokens: the last place of the best kind in the second half; 0: nowhere."""
     return next((at for kind in GOOD_PLACES if (at := _last(kind, text))), 0)
 
 
@@ -49,10 +49,11 @@ def forced_cut(text: str) -> int:
 
 
 def _last(place: re.Pattern[str], text: str) -> int:
-    """Where `place` is found last, near the end of `text` first; 0: nowhere."""
-    for window in (1 << 10, 1 << 15, len(text)):
+    """Where `place` is found last in the second half of `text`, near its end first; 0: nowhere."""
+    half = len(text) // 2
+    for window in (1 << 10, 1 << 15, half):
         at = 0
-        for match in place.finditer(text, max(len(text) - window, 0)):
+        for match in place.finditer(text, len(text) - min(window, half)):
             at = match.start()
         if at:
             return at
@@ -68,8 +69,6 @@ class Part(NamedTuple):
     """Of a long document."""
 
     text: str
-    forced: bool
-    """Ends at a cut that may have changed tokens."""
     continues: bool
     """Another part follows."""
 
@@ -88,12 +87,11 @@ def cut_up(slices: Iterable[str]) -> Iterator[Part]:
             continue
         text = "".join(held)
         at = cut(text)
-        forced = not at and size >= LONG
-        if forced:
+        if not at and size >= LONG:
             at = forced_cut(text)
         if at:
-            yield Part(text[:at], forced, continues=True)
+            yield Part(text[:at], continues=True)
         held = [text[at:]]
         size -= at
         wanted = TEXT_CHARACTERS if at else min(size + TEXT_CHARACTERS, LONG)
-    yield Part("".join(held), forced=False, continues=False)
+    yield Part("".join(held), continues=False)

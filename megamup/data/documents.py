@@ -57,8 +57,6 @@ class Batch(NamedTuple):
     """Bytes on disk that were read for it; over a unit of input they add up to its size."""
     unreadable: Sequence[str] = ()
     """What was wrong with documents that were left out (`on_error="skip"`)."""
-    forced_cuts: int = 0
-    """Places where a long document was cut so that its tokens may have changed."""
     origins: tuple[tuple[int, Origin], ...] = ()
     """(first text, what tells where it and the following ones come from), ascending."""
 
@@ -70,7 +68,7 @@ class Batch(NamedTuple):
 
 def part_batch(part: Part, origin: Origin) -> Batch:
     """A part of a long document as a batch of its own."""
-    return Batch([part.text], part.continues, forced_cuts=part.forced, origins=((0, origin),))
+    return Batch([part.text], part.continues, origins=((0, origin),))
 
 
 def batched(documents: Iterable[tuple[int, str | None]], origin: Origin, unreadable: list[str]) -> Iterator[Batch]:

@@ -20,6 +20,9 @@ from megamup.errors import MegamupError
 SPOT_CHARACTERS = 2000
 """Of each piece, compared with the reference backend: a thousandth of it."""
 
+BESIDE_CUT = 256
+"""Characters on each side of a cut through a long document that are encoded together and apart."""
+
 
 @dataclass
 class LongDocument:
@@ -28,6 +31,8 @@ class LongDocument:
     part: int | None
     """Part of the output, None where a filter left it out."""
     tokens: int = 0
+    end: str = ""
+    """The last characters so far."""
 
 
 class Encoder:
@@ -74,7 +79,6 @@ class Encoder:
         checked = False
         for batch in batches:
             piece.info.source_bytes += batch.source_bytes
-            piece.info.forced_cuts += batch.forced_cuts
             piece.info.named += batch.unreadable[: NAMED_DOCUMENTS - len(piece.info.named)]
             if batch.unreadable:
                 piece.info.left_out["unreadable"] += len(batch.unreadable)
@@ -105,6 +109,9 @@ class Encoder:
         document = self._long
         assert document is not None
         if document.part is not None:
+            if document.end and not self._is_exact_cut(document.end, text[:BESIDE_CUT]):
+                piece.info.inexact_cuts += 1
+            document.end = text[-BESIDE_CUT:]
             ids, _ = self._ids([text])
             piece.write(document.part, ids, utf8_bytes(text))
             document.tokens += len(ids)
@@ -113,6 +120,11 @@ class Encoder:
                 piece.end_documents(document.part, np.array([document.tokens + 1]))
         if ends:
             self._long = None
+
+    def _is_exact_cut(self, left: str, right: str) -> bool:
+        """Whether the ids on both sides of a cut are those of the whole."""
+        ids, lengths = self._ids([left + right, left, right])
+        return bool(np.array_equal(ids[: lengths[0]], ids[lengths[0] :]))
 
     def _add_documents(self, texts: list[str], piece: PieceWriter) -> None:
         kept = self._filtered(texts, piece)

@@ -114,7 +114,16 @@ class RayExecutor:
             self._ray.shutdown()
 
     def submit(self, function: Callable[..., Result], *arguments: Any) -> Future[Result]:
-        future: Future[Result] = self._call.remote(function, *arguments).future()
+        future: Future[Result] = Future()
+
+        def settle(done: Future[Result]) -> None:
+            error = done.exception()
+            if error is None:
+                future.set_result(done.result())
+            else:
+                future.set_exception(getattr(error, "cause", None) or error)  # Ray's own prints the worker's traceback
+
+        self._call.remote(function, *arguments).future().add_done_callback(settle)
         return future
 
 

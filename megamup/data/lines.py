@@ -8,6 +8,7 @@ from typing import BinaryIO, NamedTuple
 
 from megamup.data.cuts import LONG
 from megamup.data.formats import CHUNK_BYTES, ByteStream
+from megamup.errors import MegamupError
 
 BLOCK_BYTES = 1 << 20
 
@@ -49,11 +50,17 @@ class Span(NamedTuple):
     """Of the first byte in the decompressed file that messages speak of."""
 
     def chunks(self, size: int = 1 << 16) -> Iterator[bytes]:
-        """The bytes, `size` at a time; others may read the file meanwhile."""
+        """The bytes, `size` at a time; others may read the file meanwhile.
+
+        Raises:
+            MegamupError: the file has become shorter.
+        """
         at = self.start
         while at < self.stop:
             self.file.seek(at)
             chunk = self.file.read(min(size, self.stop - at))
+            if not chunk:
+                raise MegamupError(f"the file has become shorter: expected {self.stop - at:,} more bytes")
             at += len(chunk)
             yield chunk
 

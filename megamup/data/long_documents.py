@@ -49,8 +49,7 @@ def text_parts(span: Span) -> Iterator[Part]:
     Raises:
         MegamupError: not UTF-8; before any part is given.
     """
-    if span.offset == 0 and b"".join(span.part(0, len(BOM)).chunks()) == BOM:
-        span = span.part(len(BOM), span.stop - span.start)
+    span = _without_mark(span)
     exhaust(decoded(span))
     return cut_up(decoded(span))
 
@@ -61,6 +60,7 @@ def json_parts(span: Span, options: ReadOptions) -> Iterator[Part]:
     Raises:
         MegamupError: not UTF-8, not an object, or no text at a key; before any part is given.
     """
+    span = _without_mark(span)
     exhaust(decoded(span))
     strings = Walk(span, options).strings()
 
@@ -70,6 +70,11 @@ def json_parts(span: Span, options: ReadOptions) -> Iterator[Part]:
 
     exhaust(slices())
     return cut_up(slices())
+
+
+def _without_mark(span: Span) -> Span:
+    marked = span.offset == 0 and next(span.chunks(len(BOM)), b"") == BOM
+    return span.part(len(BOM), span.stop - span.start) if marked else span
 
 
 def exhaust(slices: Iterator[str]) -> None:

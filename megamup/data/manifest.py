@@ -68,9 +68,8 @@ class Manifest:
     options: dict[str, Any] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
     """Documents that were read and are not here, by reason."""
-    forced_cuts: int = 0
-    """Places where a long document without spaces was encoded in two parts, so that tokens may differ there from
-    those of the whole."""
+    inexact_cuts: int = 0
+    """Places where a long document was encoded in two parts whose tokens there aren't those of the whole."""
 
     @property
     def content_hash(self) -> str:

@@ -5,25 +5,18 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from megamup.data.documents import Batch, ReadOptions
 from megamup.data.executors import Executor
+from megamup.data.lanes import Lane, Schedule, while_alive
 from megamup.data.pieces import NAMED_DOCUMENTS
 from megamup.data.units import Unit
-from megamup.data.work import StoppedError
 from megamup.data.writer import writing
-from megamup.errors import MegamupError
-
-POLL_SECONDS = 0.2
-MOST_LANES = 4
-"""Lanes of a stream: each decompresses all of it, so that more would do little but that."""
 
 
 @dataclass
@@ -101,15 +94,6 @@ def _write_marker(path: Path, step: str, value: Any) -> None:
     os.replace(beside, path.with_name(f"{path.name}.{step}.json"))
 
 
-@dataclass(frozen=True)
-class Lane:
-    """A task: of one unit the pieces `lane`, `lane + lanes`, ..."""
-
-    unit: int
-    lane: int
-    lanes: int
-
-
 def work_on_lane(step: Step, pieces: Pieces, options: ReadOptions, unit: Unit, lane: Lane, alive: Path) -> None:
     """Do a step for the pieces of a lane that it isn't done for yet.
 
@@ -119,34 +103,30 @@ def work_on_lane(step: Step, pieces: Pieces, options: ReadOptions, unit: Unit, l
         options: how documents are read.
         unit: the lane's.
         lane: which pieces.
-        alive: a file that is removed when the run ends, whereupon work stops.
+        alive: see `while_alive`.
 
     Raises:
         MegamupError: a document can't be read, or a file not written.
     """
 
     def wanted(piece: int) -> bool:
-        return piece % lane.lanes == lane.lane and pieces.info(lane.unit, piece, step.name) is None
+        return lane.has(piece) and pieces.info(lane.unit, piece, step.name) is None
 
     count = 0
-    for piece, batches in unit.pieces(options, wanted):
+    for piece, batches in while_alive(unit.pieces(options, wanted), alive):
         count = piece + 1
-        if not alive.exists():
-            raise StoppedError
         if wanted(piece):
             path, info = pieces.path(lane.unit, piece), PieceInfo()
             with writing(path):
-                step.run(path, _texts(batches, info, alive))
+                step.run(path, _texts(while_alive(batches, alive), info))
                 _write_marker(path, step.name, asdict(info))
     with writing(pieces.path(lane.unit)):
         _write_marker(pieces.path(lane.unit), step.name, count)
 
 
-def _texts(batches: Iterator[Batch], info: PieceInfo, alive: Path) -> Iterator[tuple[str, bool]]:
+def _texts(batches: Iterator[Batch], info: PieceInfo) -> Iterator[tuple[str, bool]]:
     """The texts, and of each whether a document ends with it; `info` tells of those gone by."""
     for batch in batches:
-        if not alive.exists():
-            raise StoppedError
         info.source_bytes += batch.source_bytes
         info.unreadable += len(batch.unreadable)
         info.named += batch.unreadable[: NAMED_DOCUMENTS - len(info.named)]
@@ -181,46 +161,15 @@ def do_pass(
     Raises:
         MegamupError: a document can't be read, or a file not written; what is done stays for the next run.
     """
-    active: dict[Future[None], Lane] = {}
-    seen: dict[Lane, int] = {}
 
-    def look(lane: Lane) -> None:
-        piece = seen.get(lane, lane.lane)
-        while info := pieces.info(lane.unit, piece, step.name):
-            advance(info.source_bytes)
-            piece += lane.lanes
-        seen[lane] = piece
+    def start(lane: Lane) -> Future[None]:
+        return executor.submit(work_on_lane, step, pieces, options, units[lane.unit], lane, alive)
 
-    waiting = deque(_lanes(units, executor.workers))
-    while waiting or active:
-        while waiting and len(active) < 2 * executor.workers:
-            lane = waiting.popleft()
-            if pieces.of_unit(lane.unit, step.name) is None:
-                task = (step, pieces, options, units[lane.unit], lane, alive)
-                active[executor.submit(work_on_lane, *task)] = lane
-            else:
-                look(lane)
-        ended = wait(active, POLL_SECONDS, FIRST_COMPLETED).done
-        for lane in active.values():
-            look(lane)
-        for future in ended:
-            del active[future]
-            _result(future)
+    def is_done(unit: int) -> bool:
+        return pieces.of_unit(unit, step.name) is not None
 
+    def piece_bytes(unit: int, piece: int) -> int | None:
+        info = pieces.info(unit, piece, step.name)
+        return None if info is None else info.source_bytes
 
-def _lanes(units: Sequence[Unit], workers: int) -> Iterator[Lane]:
-    """Tasks in order; a stream that is much of the work is divided among workers."""
-    total = max(sum(unit.source_bytes for unit in units), 1)
-    for number, unit in enumerate(units):
-        lanes = min(max(round(workers * unit.source_bytes / total), 1), MOST_LANES) if unit.is_stream else 1
-        yield from (Lane(number, lane, lanes) for lane in range(lanes))
-
-
-def _result(future: Future[None]) -> None:
-    try:
-        future.result()
-    except BrokenProcessPool as error:
-        raise MegamupError(
-            "a worker process died, most likely of too little memory; what is done is kept: start the same command "
-            "again with fewer --workers"
-        ) from error
+    Schedule(units, executor, start, is_done, piece_bytes, advance).run(range(len(units)))

@@ -1,8 +1,8 @@
 """Pieces: the tokens of one stretch of input, on their way from a worker to a shard.
 
-Piece k of a unit lies in the work folder as `KEY-k.PART.bin` (ids) and `KEY-k.PART.len` (int64 lengths of documents) for
-each part of the output, and `KEY-k.json`, which is written last and says that the others are whole, with their checksums.
-The key is a hash of all that the piece is made of, so a piece is either the right one or isn't found.
+Piece k of a unit lies in the work folder as `KEY-k.PART.bin` (ids) and `KEY-k.PART.len` (int64 lengths of documents)
+for each part of the output, and `KEY-k.json`, which is written last and says that the others are whole, with their
+checksums. The key is a hash of all that the piece is made of, so a piece is either the right one or isn't found.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class PieceInfo:
     left_out: Counter[str] = field(default_factory=Counter)
     named: list[str] = field(default_factory=list)
     """What was wrong with the first unreadable documents."""
-    forced_cuts: int = 0
+    inexact_cuts: int = 0
 
 
 class PieceFolder:
@@ -83,6 +83,11 @@ class PieceFolder:
             return None
         return info if self.with_unreadable or not info.left_out["unreadable"] else None
 
+    def mark(self, key: str, info: PieceInfo) -> None:
+        """Say that the files of a piece are whole."""
+        values = vars(info) | {"parts": [asdict(part) for part in info.parts]}
+        self._put(self._file(key, "json"), json.dumps(values).encode())
+
     def stream_end(self, unit_key: str) -> int | None:
         """How many pieces a stream has, once that is known."""
         try:
@@ -96,7 +101,7 @@ class PieceFolder:
     def _put(self, path: Path, data: bytes) -> None:
         """Write a marker. It is not synced: what power loss tears is noticed by its checksums, and made again."""
         beside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-        with writing(path):
+        with writing(self.path):
             beside.write_bytes(data)
             os.replace(beside, path)
 
@@ -154,7 +159,7 @@ class PieceWriter:
         for part in range(len(self.info.parts)):
             for suffix in (f"{part}.bin", f"{part}.len"):
                 path = self._path(suffix)
-                with writing(path):
+                with writing(self._folder.path):
                     self._files[suffix] = open(path, "wb", buffering=1 << 16)
         return self
 
@@ -179,20 +184,20 @@ class PieceWriter:
         self._write(f"{part}.len", data)
 
     def _write(self, suffix: str, data: Any) -> None:
-        with writing(self._path(suffix)):
+        with writing(self._folder.path):
             self._files[suffix].write(data)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            with writing(self._path("bin")):
+            with writing(self._folder.path):
                 for file in self._files.values():
                     file.close()
             if error is None:
                 for suffix in self._files:
                     os.replace(self._path(suffix), self._folder.path / f"{self._key}.{suffix}")
-                self._folder._put(self._folder._file(self._key, "json"), json.dumps(asdict(self.info)).encode())
+                self._folder.mark(self._key, self.info)
         finally:
             for suffix in self._files:
                 self._path(suffix).unlink(missing_ok=True)

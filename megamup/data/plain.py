@@ -44,7 +44,7 @@ def _short_text(data: bytes) -> list[Part]:
     """The text of a whole file, in one part; a byte order mark at its start is none."""
     start = len(BOM) if data.startswith(BOM) else 0
     try:
-        return [Part(data[start:].decode("utf-8"), forced=False, continues=False)]
+        return [Part(data[start:].decode("utf-8"), continues=False)]
     except UnicodeDecodeError as error:
         raise not_utf8(data[start + error.start], start + error.start) from error
 

@@ -7,11 +7,10 @@ among machines, or of how often it was killed and started again.
 from __future__ import annotations
 
 import hashlib
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -20,25 +19,23 @@ from megamup.data.assemble import Segment, ShardPlan, assemble, assembled
 from megamup.data.documents import ReadOptions
 from megamup.data.encode import Encoder
 from megamup.data.executors import Executor
+from megamup.data.lanes import Lane, Schedule, result_of
 from megamup.data.manifest import Manifest, ShardEntry, TokenizerEntry
 from megamup.data.pieces import NAMED_DOCUMENTS, PartInfo, PieceFolder, PieceInfo, piece_key
 from megamup.data.progress import ByteProgress
 from megamup.data.sources import Found
 from megamup.data.tokenizer import store_tokenizer
 from megamup.data.units import Unit
-from megamup.data.work import encode_unit
+from megamup.data.work import encode_lane
 from megamup.data.work_folder import WorkFolder
 from megamup.data.writer import StagedCorpus, publish
 from megamup.errors import MegamupError
 
 PIECE_FORMAT = 1
 """Of what units and pieces mean: another number finds no pieces of this one."""
-POLL_SECONDS = 0.2
 SAMPLE_CHARACTERS = 1 << 18
 SAMPLE_TEXT = 1 << 16
 """Characters of the first documents, together and each, on which a fast backend has to give the reference's ids."""
-MOST_LANES = 4
-"""Lanes of a stream: each decompresses all of it, so that more would do little but that."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +87,7 @@ class Outcome:
     left_out: Counter[str] = field(default_factory=Counter)
     named: list[str] = field(default_factory=list)
     """What was wrong with the first unreadable documents."""
-    forced_cuts: int = 0
+    inexact_cuts: int = 0
 
     def add(self, piece: PieceInfo) -> None:
         for total, part in zip(self.parts, piece.parts, strict=True):
@@ -100,33 +97,24 @@ class Outcome:
             total.max_id = max(total.max_id, part.max_id)
         self.left_out.update(piece.left_out)
         self.named += piece.named[: NAMED_DOCUMENTS - len(self.named)]
-        self.forced_cuts += piece.forced_cuts
+        self.inexact_cuts += piece.inexact_cuts
 
 
 def first_texts(units: Sequence[Unit], options: ReadOptions) -> Iterator[str]:
-    """The beginnings of the first documents, for a check of the tokenizer.
+    """The beginnings of the first documents, for a check of the tokenizer. Those that can't be read are left out.
 
     Raises:
-        MegamupError: a document can't be read.
+        MegamupError: a file can't be read.
     """
     left = SAMPLE_CHARACTERS
     for unit in units:
-        for _, batches in unit.pieces(options, lambda piece: piece == 0):
+        for _, batches in unit.pieces(replace(options, on_error="skip"), lambda piece: piece == 0):
             for text in (text for batch in batches for text in batch.texts):
                 if left <= 0:
                     return
                 yield text[: min(left, SAMPLE_TEXT)]
                 left -= len(text[:SAMPLE_TEXT])
             break
-
-
-@dataclass(frozen=True)
-class Lane:
-    """A task: some of the pieces of one unit."""
-
-    unit: int
-    lane: int
-    lanes: int
 
 
 class Run:
@@ -148,92 +136,52 @@ class Run:
         limit = job.shard_bytes // job.encoder.dtype.itemsize
         self._plans = [ShardPlan(limit, partial(self.pieces.lengths, part=part)) for part in range(n_parts)]
         self._next_unit = self._next_piece = 0
-        self._encoding: dict[Future[None], Lane] = {}
         self._assembling: dict[Future[ShardEntry], tuple[int, int]] = {}
-        self._seen: dict[Lane, int] = {}
 
-    def encode(self, units: Iterable[int], *, assembling: bool) -> None:
+    def encode(self, numbers: Sequence[int], *, assembling: bool) -> None:
         """Encode what isn't done of these units; with `assembling`, make shards of what is, on the way.
 
         Raises:
             MegamupError: input can't be read, or a file not written; what is done stays for the next run.
         """
-        waiting = deque(self._lanes(list(units)))
+        job = self.job
         with self.work.alive() as alive:
-            encoder_path = self.work.write_encoder(self.job.encoder)
-            while waiting or self._encoding:
-                while waiting and len(self._encoding) < 2 * self.executor.workers:
-                    lane = waiting.popleft()
-                    arguments = (self.job.keys[lane.unit], lane.lane, lane.lanes, alive)
-                    unit = self.job.units[lane.unit]
-                    future = self.executor.submit(encode_unit, encoder_path, self.job.options, unit, *arguments)
-                    self._encoding[future] = lane
-                wait([*self._encoding, *self._assembling], POLL_SECONDS, FIRST_COMPLETED)
-                self._look(assembling)
-            while self._assembling:
-                wait(self._assembling, return_when=FIRST_COMPLETED)
-                self._look(assembling)
+            encoder_path = self.work.write_encoder(job.encoder)
 
-    def _lanes(self, units: list[int]) -> list[Lane]:
-        """Tasks in the order of the plan; a stream that is much of the work is divided among workers."""
-        total = max(sum(self.job.units[number].source_bytes for number in units), 1)
-        lanes = []
-        for number in units:
-            unit = self.job.units[number]
-            share = min(round(self.executor.workers * unit.source_bytes / total), MOST_LANES) if unit.is_stream else 1
-            of_unit = [Lane(number, lane, max(share, 1)) for lane in range(max(share, 1))]
-            if self._is_done(number):
-                for lane in of_unit:
-                    self._advance(lane)
-            else:
-                lanes += of_unit
-        return lanes
+            def start(lane: Lane) -> Future[None]:
+                unit, key = job.units[lane.unit], job.keys[lane.unit]
+                return self.executor.submit(encode_lane, encoder_path, job.options, unit, key, lane, alive)
+
+            advance = self.progress.advance
+            schedule = Schedule(job.units, self.executor, start, self._is_done, self._piece_bytes, advance)
+            schedule.run(numbers, self._assemble_what_is_ready if assembling else lambda: None)
 
     def _is_done(self, number: int) -> bool:
         """Whether all pieces of a unit are there."""
-        key = self.job.keys[number]
-        count = self.pieces.stream_end(key) if self.job.units[number].is_stream else 1
-        return count is not None and all(self.pieces.info(piece_key(key, piece)) for piece in range(count))
+        count = self._n_pieces(number)
+        return count is not None and all(self._piece_bytes(number, piece) is not None for piece in range(count))
 
-    def _advance(self, lane: Lane) -> None:
-        """Count the pieces of a lane that are new."""
-        piece = self._seen.get(lane, lane.lane)
-        while info := self.pieces.info(piece_key(self.job.keys[lane.unit], piece)):
-            self.progress.advance(info.source_bytes)
-            piece += lane.lanes
-        self._seen[lane] = piece
+    def _n_pieces(self, number: int) -> int | None:
+        """How many pieces a unit has, None while it isn't known."""
+        return self.pieces.stream_end(self.job.keys[number]) if self.job.units[number].is_stream else 1
 
-    def _look(self, assembling: bool) -> None:
-        """Take note of what has become ready."""
-        for lane in self._encoding.values():
-            self._advance(lane)
-        for future in [future for future in self._encoding if future.done()]:
-            del self._encoding[future]
-            self._result(future)
+    def _piece_bytes(self, number: int, piece: int) -> int | None:
+        info = self.pieces.info(piece_key(self.job.keys[number], piece))
+        return None if info is None else info.source_bytes
+
+    def _assemble_what_is_ready(self) -> None:
         for shard in [future for future in self._assembling if future.done()]:
             part, number = self._assembling.pop(shard)
-            self.entries[part][number] = self._result(shard)
-        if assembling:
-            self.feed()
-
-    def _result(self, future: Future[Any]) -> Any:
-        try:
-            return future.result()
-        except BrokenProcessPool as error:
-            raise MegamupError(
-                "a worker process died, most likely of too little memory; what is done is kept: start the same command "
-                "again with fewer --workers"
-            ) from error
+            self.entries[part][number] = result_of(shard)
+        self.feed()
 
     def feed(self) -> None:
         """Hand on the pieces that are ready, in order, and start on the shards that they fill."""
         while self._next_unit < len(self.job.units):
-            unit, unit_key = self.job.units[self._next_unit], self.job.keys[self._next_unit]
-            end = self.pieces.stream_end(unit_key) if unit.is_stream else 1
-            if self._next_piece == end:
+            if self._next_piece == self._n_pieces(self._next_unit):
                 self._next_unit, self._next_piece = self._next_unit + 1, 0
                 continue
-            key = piece_key(unit_key, self._next_piece)
+            key = piece_key(self.job.keys[self._next_unit], self._next_piece)
             info = self.pieces.info(key)
             if info is None:
                 return
@@ -266,7 +214,8 @@ class Run:
         for part, plan in enumerate(self._plans):
             if plan.segments:
                 self._assemble(part, plan.finish())
-        self.encode([], assembling=False)
+        wait(self._assembling)
+        self._assemble_what_is_ready()
         return self._publish()
 
     def _check_not_empty(self) -> None:
@@ -290,9 +239,7 @@ class Run:
     def _publish(self) -> dict[str, Manifest]:
         tokenizer, outcome = self.job.encoder.tokenizer, self.outcome
         folder = Path(f"{self.job.prefix}.tokenizer")
-        entry = TokenizerEntry(
-            tokenizer.name, tokenizer.sha256, folder.name, tokenizer.backend, tokenizer.note
-        )
+        entry = TokenizerEntry(tokenizer.name, tokenizer.sha256, folder.name, tokenizer.backend, tokenizer.note)
         staged = []
         for prefix, part, entries in zip(self.job.prefixes, outcome.parts, self.entries, strict=True):
             manifest = Manifest(
@@ -308,7 +255,7 @@ class Run:
                 sources=self.job.found.inputs,
                 options=self.job.described_options(),
                 left_out=dict(sorted(outcome.left_out.items())),
-                forced_cuts=outcome.forced_cuts,
+                inexact_cuts=outcome.inexact_cuts,
             )
             staged.append(StagedCorpus(prefix, self.work.path / "shards", manifest))
         store_tokenizer(tokenizer, folder)

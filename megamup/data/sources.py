@@ -145,7 +145,7 @@ class _Search:
             raise MegamupError(f"input {given!r}: no such file or folder{_nearest_path(given)}")
 
     def _standard_input(self) -> Source:
-        if self.spool is None or self.spool.exists():
+        if self.spool is None or any(entry["path"] == STANDARD_INPUT for entry in self.found.inputs):
             problem = "it can be read only once" if self.spool else "this program can't read it"
             raise MegamupError(f"input '-': standard input: {problem}; give a file")
         digest = hashlib.sha256()

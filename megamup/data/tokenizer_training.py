@@ -97,7 +97,9 @@ def sample_text(
 @contextmanager
 def ended_by_interrupt() -> Iterator[None]:
     """Ctrl-C ends the process at once: while a library trains, Python would hear of it only at the end."""
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:  # as nohup leaves it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         yield
     finally:

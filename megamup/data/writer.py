@@ -116,7 +116,8 @@ class writing:  # noqa: N801  reads as a statement
     ) -> None:
         if isinstance(error, OSError):
             raise MegamupError(
-                f"{self.path}: cannot be written: {error.strerror}; what stood under the final name before is untouched"
+                f"{self.path}: cannot be written: {error.strerror}; nothing is lost: mend that, and start the same "
+                "command again"
             ) from error
 
 

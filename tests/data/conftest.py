@@ -1,13 +1,18 @@
 """Small corpora, small tokenizers and the two programs, as fixtures."""
 
+import argparse
+import json
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import tokenizers
 
 from megamup.cli import load_program
 from megamup.data.corpus import Corpus
@@ -50,6 +55,12 @@ def train_main() -> Callable[[list[str]], int]:
     return main
 
 
+@pytest.fixture(scope="session")
+def shards_main() -> Callable[[list[str]], int]:
+    main: Callable[[list[str]], int] = load_tool("shards").main
+    return main
+
+
 def checkout_environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT)}
 
@@ -80,6 +91,104 @@ def counting_corpus(make_corpus: MakeCorpus) -> Corpus:
     """1,003 tokens in 5 shards: token i is i, in documents of 10."""
     documents = [list(range(start, min(start + 10, 1003))) for start in range(0, 1003, 10)]
     return make_corpus(documents, vocab_size=1004, shard_bytes=500)
+
+
+ODD_TEXTS = [
+    "",
+    " ",
+    "\n",
+    "\t",
+    "\r\n",
+    "  two  spaces  ",
+    "\n\n\n    indented\n\tby tab\n",
+    "\0",
+    "a\0b",
+    "\ufeffmark",
+    "e\u0301 is not é",
+    "ﬁ ① Ａ",
+    "\u2028\u3000\u00a0\u200b\x85",
+    "▁",
+    "▁▁ ▁",
+    "a▁b",
+    "▅",
+    "</s><s><unk><pad><0x41> [SEP][UNK] <|endoftext|>",
+    "⁇ \ufffd",
+    "👩‍👩‍👧 🏳️‍🌈",
+    "\ue000\U0010ffff",
+    "new in Unicode 16 and 17: \u1acf\u088f's \U000323b0123 \u0301\u1ae4\u0323",
+    "\U00011382\U000113c9 \U000105d2\u0307 \U00016121\U0001611f",
+    "x" * 10_000,
+]
+ALPHABETS = [
+    "ab \n",
+    " \t\n\r\0",
+    "▁▅ a\n",
+    "éßπ東👍",
+    "".join(map(chr, range(32, 127))),
+    "0123456789., ",
+    "'sStTdDlLmMvVeErR ’ſ",
+    "\u00a0\u2028\u2029\x85\u3000\u200b\u200d\ufeff a\n",
+    "e\u0301\u0323\u0307 क्षिก็한",
+]
+
+
+@pytest.fixture(scope="session")
+def odd_texts() -> list[str]:
+    """Texts that break tokenizers: chosen ones, texts of few characters (so that runs are common), and of any."""
+    generator = random.Random(0)
+    texts = list(ODD_TEXTS)
+    for _ in range(1000):
+        length = generator.randrange(60)
+        if generator.random() < 0.7:
+            texts.append("".join(generator.choices(generator.choice(ALPHABETS), k=length)))
+        else:
+            points = (generator.randrange(0x110000) for _ in range(length))
+            texts.append("".join(chr(point) for point in points if not 0xD800 <= point < 0xE000))
+    return texts
+
+
+@pytest.fixture(scope="session")
+def source_text() -> str:
+    """200 kB of English and Python that every machine has."""
+    return "".join(Path(str(module.__file__)).read_text("utf-8") for module in (argparse, random)) + PROSE * 20
+
+
+@pytest.fixture(scope="session")
+def train_hf(source_text: str) -> Callable[..., dict[str, Any]]:
+    """Trains a tokenizer of Hugging Face's on the source text: `train(model, trainer, **parts)` is a tokenizer.json."""
+
+    def train(model: Any, trainer: Any, **parts: Any) -> dict[str, Any]:
+        tokenizer: Any = tokenizers.Tokenizer(model)
+        for name, part in parts.items():
+            setattr(tokenizer, name, part)
+        tokenizer.train_from_iterator(source_text.splitlines(keepends=True), trainer)
+        config: dict[str, Any] = json.loads(tokenizer.to_str())
+        return config
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def byte_bpe(train_hf: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """Trains byte-level BPE of 1,000 tokens, `<|endoftext|>` the first; returns a tokenizer.json."""
+
+    def train(pre_tokenizer: Any = None, normalizer: Any = None, **model: Any) -> dict[str, Any]:
+        byte_level = tokenizers.pre_tokenizers.ByteLevel
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=1000,
+            initial_alphabet=byte_level.alphabet(),
+            special_tokens=["<|endoftext|>"],
+            show_progress=False,
+        )
+        return train_hf(
+            tokenizers.models.BPE(**model),
+            trainer,
+            pre_tokenizer=pre_tokenizer or byte_level(add_prefix_space=False),
+            decoder=tokenizers.decoders.ByteLevel(),
+            **({"normalizer": normalizer} if normalizer else {}),
+        )
+
+    return train
 
 
 @pytest.fixture(scope="session", params=["bpe", "unigram"])

@@ -67,32 +67,30 @@ def segments(folder: Path, limit: int = 100) -> list[list[Any]]:
 
 def test_a_shard_of_two_pieces(folder: Path) -> None:
     (shard,) = segments(folder)
-    entry = assemble(folder, 0, 0, shard, DTYPE)
+    entry = assemble(folder, 0, shard, DTYPE)
     made = Shard(str(folder / "shards" / entry.name))
     assert [made.document(index).tolist() for index in range(len(made))] == [[1], [2, 2], [], [3, 3, 3]]
-    assert assembled(folder, 0, 0) == entry
-    assert assembled(folder, 0, 1) is None
-    assert sorted(path.name for path in (folder / "pieces").glob("*.bin")) == []  # their space is free again
+    assert assembled(folder, 0, shard) == entry
+    assert assembled(folder, 0, segments(folder, limit=3)[0]) is None  # of the same pieces, but fewer documents
 
 
-def test_pieces_that_two_shards_share_stay(folder: Path) -> None:
-    first, *others = segments(folder, limit=1)
-    assemble(folder, 0, 0, first, DTYPE)
-    for number, shard in enumerate(others, 1):
-        assemble(folder, 0, number, shard, DTYPE)
-    shards = [Shard(str(folder / "shards" / f"0-{number:05d}")) for number in range(3)]
+def test_shards_within_a_piece(folder: Path) -> None:
+    entries = [assemble(folder, 0, shard, DTYPE) for shard in segments(folder, limit=1)]
+    shards = [Shard(str(folder / "shards" / entry.name)) for entry in entries]
     assert [shard.tokens(0, shard.n_tokens).tolist() for shard in shards] == [[1], [2, 2], [3, 3, 3]]
 
 
 @pytest.mark.parametrize("name", ["a.0.bin", "a.0.len"])
 @pytest.mark.parametrize("damage", [lambda path: path.write_bytes(b"\1" * path.stat().st_size), Path.unlink])
 def test_a_damaged_piece_is_given_up(folder: Path, name: str, damage: Any) -> None:
-    """A crash of the machine may lose what was written last: the piece isn't done any more, and nothing is made of it."""
+    """A crash of the machine may lose what was written last: the piece isn't done any more; nothing is made of it."""
     (shard,) = segments(folder)
     damage(folder / "pieces" / name)
-    with pytest.raises(MegamupError, match=r"a\.bin: what is on the disk isn't what was written.*start the same command"):
-        assemble(folder, 0, 0, shard, DTYPE)
-    assert not record_path(folder, 0, 0).exists()
+    with pytest.raises(
+        MegamupError, match=r"a\.bin: what is on the disk isn't what was written.*start the same command"
+    ):
+        assemble(folder, 0, shard, DTYPE)
+    assert not record_path(folder, 0, shard).exists()
     assert PieceFolder(folder / "pieces").info("a") is None
     assert PieceFolder(folder / "pieces").info("b") is not None
 

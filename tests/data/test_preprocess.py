@@ -1,5 +1,6 @@
 """The preprocessing program, from files to shards, as its user starts it."""
 
+import functools
 import gzip
 import json
 import os
@@ -13,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from megamup.data.shards import Shard
+from megamup.data import units
+from megamup.data.corpus import Corpus
 from megamup.data.tokenizer import load_tokenizer
+from megamup.data.work_folder import WorkFolder
 
 Main = Callable[[list[str]], int]
 RunTool = Callable[..., subprocess.CompletedProcess[str]]
@@ -23,22 +26,22 @@ ROOT = Path(__file__).resolve().parents[2]
 TOOL = str(ROOT / "tools" / "preprocess_data.py")
 
 
-def write_corpus(path: Path, documents: list[str]) -> Path:
+def write_lines(path: Path, documents: list[str]) -> Path:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     return path
 
 
 def read_back(prefix: Path, spec: str = "bytes") -> list[str]:
-    """The documents of a shard as text, each without the end-of-document token that it must have."""
+    """The documents of a corpus as text, each without the end-of-document token that it must have."""
     tokenizer = load_tokenizer(spec)
-    shard = Shard(str(prefix))
-    documents = [shard.document(index) for index in range(len(shard))]
+    corpus = Corpus(str(prefix))
+    documents = [corpus.document(index) for index in range(len(corpus))]
     assert all(document[-1] == tokenizer.eod_id for document in documents)
     return [tokenizer.decode(document[:-1]) for document in documents]
 
 
 def files_of(folder: Path, prefix: str) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name.startswith(prefix)}
+    return {path.name: path.read_bytes() for path in folder.glob(f"{prefix}*") if path.is_file()}
 
 
 @pytest.fixture
@@ -51,7 +54,7 @@ def documents() -> list[str]:
 
 @pytest.fixture
 def source(tmp_path: Path, documents: list[str]) -> Path:
-    return write_corpus(tmp_path / "source.jsonl", documents)
+    return write_lines(tmp_path / "source.jsonl", documents)
 
 
 def arguments(source: Path, prefix: Path, *others: str) -> list[str]:
@@ -67,13 +70,13 @@ def test_text_comes_back(
 ) -> None:
     assert preprocess_main(arguments(source, tmp_path / "out", "--workers", "1")) == 0
     assert read_back(tmp_path / "out") == documents
-    shard = Shard(str(tmp_path / "out"))
+    corpus = Corpus(str(tmp_path / "out"))
     size = sum(len(text.encode()) for text in documents)
-    assert shard.manifest is not None
-    assert shard.manifest.text_bytes == size == shard.n_tokens - 500
-    assert shard.manifest.sources == [{"path": str(source), "files": 1, "bytes": source.stat().st_size}]
+    assert corpus.manifest is not None
+    assert corpus.manifest.text_bytes == size == corpus.n_tokens - 500
+    assert corpus.manifest.sources == [{"path": str(source), "files": 1, "bytes": source.stat().st_size}]
     said = capsys.readouterr().out
-    assert f"out: 500 documents, {shard.n_tokens:,} tokens (uint16), 1.00 bytes per token" in said
+    assert f"out: 500 documents, {corpus.n_tokens:,} tokens (uint16), 1.00 bytes per token" in said
     assert f"{size / 1e6:.1f} MB of text from 1 files" in said
     assert "MB/s" in said
 
@@ -127,14 +130,14 @@ def test_empty_validation_part(preprocess_main: Main, tmp_path: Path, capsys: py
 
 
 def test_empty_documents_are_counted(preprocess_main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = write_corpus(tmp_path / "a.jsonl", ["one", "", "two", ""])
+    source = write_lines(tmp_path / "a.jsonl", ["one", "", "two", ""])
     assert preprocess_main(arguments(source, tmp_path / "out", "--workers", "1")) == 0
     assert read_back(tmp_path / "out") == ["one", "two"]
-    assert "skipped 2 empty documents" in capsys.readouterr().out
+    assert "left out 2 documents: empty" in capsys.readouterr().out
 
 
 def test_many_inputs_of_many_kinds(preprocess_main: Main, tmp_path: Path) -> None:
-    write_corpus(tmp_path / "a.jsonl", ["1", "2"])
+    write_lines(tmp_path / "a.jsonl", ["1", "2"])
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"3"))
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "c.md").write_text("4")
@@ -153,7 +156,7 @@ def test_many_inputs_of_many_kinds(preprocess_main: Main, tmp_path: Path) -> Non
         ("latin.txt", b"caf\xe9", "latin.txt: not UTF-8: byte 0xe9 at byte 3"),
         ("a.jsonl", b'{"text": "one"}\n{"text": \n', "a.jsonl:2: not JSON"),
         ("a.jsonl", b'{"text": "one"}\n{"body": "two"}\n', "a.jsonl:2: no key 'text'; its keys: 'body'"),
-        ("a.jsonl", b'{"text": ""}\n{"text": ""}\n', "no documents: 2 were empty and 0 unreadable"),
+        ("a.jsonl", b'{"text": ""}\n{"text": ""}\n', "no documents are left: 2 empty"),
     ],
 )
 def test_bad_input_is_one_message_and_no_output(
@@ -172,7 +175,7 @@ def test_bad_input_is_one_message_and_no_output(
     assert len(lines) == 1
     assert lines[0].startswith("error: ")
     assert message in lines[0]
-    assert files_of(tmp_path, "out") == {}
+    assert list(tmp_path.glob("out*")) == []
 
 
 def test_unreadable_documents_can_be_skipped(
@@ -187,7 +190,7 @@ def test_unreadable_documents_can_be_skipped(
     assert preprocess_main(arguments(folder, tmp_path / "out", *options)) == 0
     assert read_back(tmp_path / "out") == ["good", "also good"]
     said = capsys.readouterr().out
-    assert "skipped 2 unreadable documents:" in said
+    assert "left out 2 documents: unreadable" in said
     assert "b.txt: not UTF-8" in said
     assert "c.jsonl:2: no key 'text'" in said
 
@@ -210,7 +213,7 @@ def test_full_disk_leaves_the_earlier_shard(
     preprocess_main: Main, source: Path, tmp_path: Path, run_python: RunTool
 ) -> None:
     """A limit on the size of files fails a write as a full disk does, with another errno."""
-    small = write_corpus(tmp_path / "small.jsonl", ["an earlier shard"])
+    small = write_lines(tmp_path / "small.jsonl", ["an earlier shard"])
     out = tmp_path / "out"
     assert preprocess_main(arguments(small, out, "--workers", "1")) == 0
     before = files_of(tmp_path, "out")
@@ -218,25 +221,175 @@ def test_full_disk_leaves_the_earlier_shard(
         result = run_python("-c", LIMITED, TOOL, *arguments(source, out, "--workers", workers))
         assert result.returncode == 2
         assert result.stderr.splitlines()[-1].startswith("error: ")
-        assert "out.bin: cannot be written: File too large" in result.stderr
+        assert "out.work/pieces: cannot be written: File too large; nothing is lost" in result.stderr
         assert "Traceback" not in result.stderr
         assert files_of(tmp_path, "out") == before
     assert read_back(out) == ["an earlier shard"]
 
 
-@pytest.fixture
-def large_source(tmp_path: Path) -> Path:
-    """Text that takes some seconds, so that a signal finds the program at work."""
-    path = tmp_path / "large.jsonl"
-    line = json.dumps({"text": "0123456789" * 100}) + "\n"
-    path.write_text(line * 60_000)
-    return path
+def test_a_corrected_file_costs_no_more_than_itself(
+    preprocess_main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was tokenized before an error is not tokenized again once its cause is mended, or left out."""
+    monkeypatch.setattr(units, "UNIT_BYTES", 1000)
+    write_lines(tmp_path / "a.jsonl", ["0123456789" * 90])
+    (tmp_path / "b.jsonl").write_text('{"text": broken}\n')
+    write_lines(tmp_path / "c.jsonl", ["9876543210" * 90])
+    call = ["--input", *(str(tmp_path / f"{name}.jsonl") for name in "abc"), "--output-prefix", str(tmp_path / "out")]
+    call += ["--tokenizer", "bytes", "--workers", "1"]
+    assert preprocess_main(call) == 2
+    assert "b.jsonl:1: not JSON" in capsys.readouterr().err
+    done = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out.work" / "pieces").glob("*.json")}
+    assert done
+
+    pieces: dict[str, int] = {}
+    discard = WorkFolder.discard
+
+    def keep_names(folder: WorkFolder) -> None:
+        pieces.update({path.name: path.stat().st_mtime_ns for path in (folder.path / "pieces").glob("*.json")})
+        discard(folder)
+
+    monkeypatch.setattr(WorkFolder, "discard", keep_names)
+    assert preprocess_main([*call, "--on-error", "skip"]) == 0
+    assert len(read_back(tmp_path / "out")) == 2
+    assert done.items() <= pieces.items()
+    write_lines(tmp_path / "b.jsonl", ["mended"])
+    assert preprocess_main(call) == 0
+    assert read_back(tmp_path / "out") == ["0123456789" * 90, "mended", "9876543210" * 90]
 
 
-def start_and_signal(source: Path, prefix: Path, number: signal.Signals) -> subprocess.Popen[str]:
-    """Start the program on two workers, send it a signal once it writes, and wait for its end."""
-    process = subprocess.Popen(
-        [sys.executable, TOOL, *arguments(source, prefix, "--workers", "2")],
+def test_a_changed_input_is_not_taken_from_earlier_work(preprocess_main: Main, tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "a.jsonl", ["old", "text"])
+    work = WorkFolder(str(tmp_path / "out"))
+    assert preprocess_main([*arguments(source, tmp_path / "out"), "--part", "0/1"]) == 0
+    before = source.stat()
+    write_lines(source, ["new", "text"])  # of the same size
+    os.utime(source, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert preprocess_main(arguments(source, tmp_path / "out")) == 0
+    assert read_back(tmp_path / "out") == ["new", "text"]
+    assert not work.path.exists()
+
+
+def test_another_tokenizer_is_not_taken_from_earlier_work(
+    preprocess_main: Main, source: Path, tmp_path: Path, model_path: Path, documents: list[str]
+) -> None:
+    assert preprocess_main([*arguments(source, tmp_path / "out"), "--part", "0/1"]) == 0
+    call = ["--input", str(source), "--output-prefix", str(tmp_path / "out"), "--tokenizer", str(model_path)]
+    assert preprocess_main(call) == 0
+    assert read_back(tmp_path / "out", str(tmp_path / "out.tokenizer")) == documents
+
+
+def test_the_same_file_twice(preprocess_main: Main, source: Path, tmp_path: Path, documents: list[str]) -> None:
+    out = ["--output-prefix", str(tmp_path / "out"), "--tokenizer", "bytes"]
+    assert preprocess_main(["--input", str(source), str(source), *out]) == 0
+    assert read_back(tmp_path / "out") == documents * 2
+
+
+def test_parts_and_merge(
+    preprocess_main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a Slurm array does it, in any order, a part twice: the bytes of one process."""
+    monkeypatch.setattr(units, "UNIT_BYTES", 1 << 14)
+    generator = random.Random(0)
+    texts = [generator.randbytes(generator.randrange(3000)).hex() for _ in range(40)]
+    source = write_lines(tmp_path / "source.jsonl", texts)
+    options = ("--shard-size", "20kB", "--valid-fraction", "0.3", "--workers", "1")
+    assert preprocess_main(arguments(source, tmp_path / "one", *options)) == 0
+    call = arguments(source, tmp_path / "out", *options)
+    assert preprocess_main([*call, "--part", "2/3"]) == 0
+    capsys.readouterr()
+    assert preprocess_main([*call, "--merge"]) == 2
+    assert "isn't tokenized yet; run the parts that are missing (--part) before --merge" in capsys.readouterr().err
+    for part in ("0/3", "1/3", "0/3"):
+        assert preprocess_main([*call, "--part", part]) == 0
+    assert preprocess_main([*call, "--merge"]) == 0
+    one = {name.removeprefix("one"): data for name, data in files_of(tmp_path, "one").items() if "json" not in name}
+    out = {name.removeprefix("out"): data for name, data in files_of(tmp_path, "out").items() if "json" not in name}
+    assert one == out
+    assert len(one) > 10
+    assert sorted(read_back(tmp_path / "out_train") + read_back(tmp_path / "out_valid")) == sorted(texts)
+
+
+def test_equal_documents_are_on_one_side(preprocess_main: Main, tmp_path: Path) -> None:
+    texts = [f"document {number % 50}" for number in range(300)]
+    source = write_lines(tmp_path / "a.jsonl", texts)
+    assert preprocess_main(arguments(source, tmp_path / "out", "--valid-fraction", "0.4", "--workers", "1")) == 0
+    train, valid = set(read_back(tmp_path / "out_train")), set(read_back(tmp_path / "out_valid"))
+    assert train | valid == set(texts)
+    assert not train & valid
+
+
+def test_filters(preprocess_main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_lines(tmp_path / "a.jsonl", ["short", "long enough to stay", "short too"])
+    option = ("--filter", "length:min_characters=10", "--workers", "1")
+    assert preprocess_main(arguments(source, tmp_path / "out", *option)) == 0
+    assert read_back(tmp_path / "out") == ["long enough to stay"]
+    assert "left out 2 documents: length:min_characters=10" in capsys.readouterr().out
+    manifest = Corpus(str(tmp_path / "out")).manifest
+    assert manifest is not None
+    assert manifest.left_out == {"length:min_characters=10": 2}
+
+
+def test_a_million_empty_documents(preprocess_main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "a.jsonl"
+    source.write_bytes(b'{"text": ""}\n' * 500_000 + b'{"text": "one"}\n' + b'{"text": ""}\n' * 500_000)
+    assert preprocess_main(arguments(source, tmp_path / "out", "--workers", "2")) == 0
+    assert read_back(tmp_path / "out") == ["one"]
+    assert "left out 1,000,000 documents: empty" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl", "a.jsonl.gz"])
+def test_a_document_of_200_mb_in_bounded_memory(tmp_path: Path, run_python: RunTool, name: str) -> None:
+    """All processes together stay below what the document's ids alone take."""
+    line = b"All happy families are alike; every unhappy family is unhappy in its own way. "
+    text = line * (200_000_000 // len(line))
+    opener = functools.partial(gzip.open, compresslevel=1) if name.endswith(".gz") else open
+    with opener(tmp_path / name, "wb") as file:
+        file.write(b'{"text": "' + text + b'"}\n' if "jsonl" in name else text)
+    result = run_python("-c", PEAK, TOOL, *arguments(tmp_path / name, tmp_path / "out", "--workers", "2"))
+    assert result.returncode == 0, result.stderr
+    corpus = Corpus(str(tmp_path / "out"))
+    assert (len(corpus), corpus.n_tokens) == (1, len(text) + 1)
+    ids, step = corpus.document(0), len(line) << 10
+    assert all(ids[start : start + 78].tobytes() == ids[:78].tobytes() for start in range(0, len(text), step))
+    assert 50e6 < int(result.stdout.splitlines()[-1]) < 400e6
+
+
+PEAK = """
+import psutil, runpy, sys, threading
+sys.argv = sys.argv[1:]
+peak, stop = 0, threading.Event()
+
+def pss(process):
+    try:
+        return process.memory_full_info().pss
+    except psutil.Error:
+        return 0
+
+def watch():
+    global peak
+    this = psutil.Process()
+    while not stop.wait(0.03):
+        peak = max(peak, sum(map(pss, [this, *this.children(recursive=True)])))
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as end:
+    if end.code:
+        raise
+finally:
+    stop.set()
+    watcher.join()
+print(peak)
+"""
+
+
+def start(call: list[str]) -> subprocess.Popen[str]:
+    """The program in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, TOOL, *call],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -245,33 +398,92 @@ def start_and_signal(source: Path, prefix: Path, number: signal.Signals) -> subp
         # A test run in the background has SIGINT ignored, which programs inherit.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    temporary = Path(f"{prefix}.bin.tmp")
+
+
+@pytest.fixture(scope="module")
+def mixed_source(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A plain file of several units, a compressed one of several pieces, and small ones: 45 MB of text."""
+    folder = tmp_path_factory.mktemp("mixed")
+    generator = random.Random(0)
+    texts = [generator.randbytes(generator.randrange(500, 1500)).hex() for _ in range(9_000)]
+    write_lines(folder / "plain.jsonl", texts)
+    with gzip.open(folder / "packed.jsonl.gz", "wt", compresslevel=1) as file:
+        file.writelines(json.dumps({"text": text[::-1]}) + "\n" for text in texts * 2)
+    for number in range(20):
+        (folder / f"{number}.txt").write_text(texts[number][:100])
+    return [str(folder / "plain.jsonl"), str(folder)]
+
+
+def kill_options(inputs: list[str], prefix: Path) -> list[str]:
+    return [
+        *("--input", *inputs, "--output-prefix", str(prefix), "--tokenizer", "bytes", "--workers", "2"),
+        *("--valid-fraction", "0.1", "--shard-size", "30MB"),
+    ]
+
+
+def test_killed_at_20_random_moments(preprocess_main: Main, mixed_source: list[str], tmp_path: Path) -> None:
+    """Every time it is started again the job goes on; whenever it ends, the bytes are those of a run never killed."""
+    begin = time.monotonic()
+    (tmp_path / "never").mkdir()
+    (tmp_path / "often").mkdir()
+    assert preprocess_main(kill_options(mixed_source, tmp_path / "never" / "out")) == 0
+    expected = files_of(tmp_path / "never", "out")
+    assert len(expected) > 8
+    call, generator = kill_options(mixed_source, tmp_path / "often" / "out"), random.Random(0)
+    longest = 1.5 * (time.monotonic() - begin)
+    kills = resumed = 0
+    while kills < 20:
+        process = start(call)
+        try:
+            process.wait(timeout=generator.uniform(0, longest))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate(timeout=10)  # ends when the workers, which hold the other ends, have ended too
+            kills += 1
+            resumed += any((tmp_path / "often" / "out.work" / "pieces").glob("*.json"))
+            continue
+        assert process.returncode == 0, process.communicate()[1]
+        assert files_of(tmp_path / "often", "out") == expected
+        for path in (tmp_path / "often").glob("out*.json"):
+            path.unlink()
+    process = start(call)
+    assert process.wait(timeout=60) == 0, process.communicate()[1]
+    assert files_of(tmp_path / "often", "out") == expected
+    assert resumed >= 3  # some kills found work that the next start went on from
+
+
+def test_interrupted(preprocess_main: Main, mixed_source: list[str], tmp_path: Path) -> None:
+    """Ctrl-C reaches all processes of a terminal: one line, and what is done is kept."""
+    process = start(kill_options(mixed_source, tmp_path / "out"))
+    pieces = tmp_path / "out.work" / "pieces"
     deadline = time.monotonic() + 30
-    while not (temporary.exists() and temporary.stat().st_size) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    if number == signal.SIGINT:
-        os.killpg(process.pid, number)
-    else:
-        process.send_signal(number)
-    process.wait(timeout=30)
-    return process
-
-
-def test_interrupt_leaves_nothing(large_source: Path, tmp_path: Path) -> None:
-    process = start_and_signal(large_source, tmp_path / "out", signal.SIGINT)
-    assert process.returncode == 130
-    assert process.communicate()[1] == "interrupted: nothing was written\n"
+    while not any(pieces.glob("*.json")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=30) == 130
+    assert process.communicate()[1] == "interrupted: what is done is kept; the same command goes on\n"
     assert files_of(tmp_path, "out") == {}
+    assert any(pieces.glob("*.json"))
+    assert preprocess_main(kill_options(mixed_source, tmp_path / "out")) == 0
 
 
-def test_killed_and_started_again(preprocess_main: Main, large_source: Path, tmp_path: Path) -> None:
-    process = start_and_signal(large_source, tmp_path / "out", signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
-    process.communicate(timeout=10)  # ends when the workers, which hold the other ends, have ended too
-    assert list(files_of(tmp_path, "out")) == ["out.bin.tmp"]
-    assert preprocess_main(arguments(large_source, tmp_path / "out", "--workers", "1")) == 0
-    assert sorted(files_of(tmp_path, "out")) == ["out.bin", "out.idx", "out.json"]
-    assert len(Shard(str(tmp_path / "out"))) == 60_000
+def test_two_at_one_output(
+    preprocess_main: Main, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with WorkFolder(str(tmp_path / "out")).held():
+        assert preprocess_main(arguments(source, tmp_path / "out")) == 2
+        assert "out.work: another process is working on it now" in capsys.readouterr().err
+    assert preprocess_main(arguments(source, tmp_path / "out")) == 0
+
+
+def test_from_standard_input(tmp_path: Path, source: Path, documents: list[str]) -> None:
+    call = [sys.executable, TOOL, "--input", "-", "--output-prefix", str(tmp_path / "out"), "--tokenizer", "bytes"]
+    with gzip.open(tmp_path / "packed", "wb") as file:
+        file.write(source.read_bytes())
+    for given in (source, tmp_path / "packed"):
+        with open(given, "rb") as file:
+            subprocess.run(call, stdin=file, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        assert read_back(tmp_path / "out") == documents
 
 
 @pytest.mark.parametrize("tool", ["preprocess_data", "train_tokenizer"])

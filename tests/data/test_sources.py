@@ -117,7 +117,10 @@ def test_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert (source.format, source.compression) == ("json lines", "gzip")
     assert spool.read_bytes() == data
     give(data)
-    assert find(["-"], spool=tmp_path / "again").sources[0].state == source.state
+    assert find(["-"], spool=spool).sources[0] == source  # another run, after one that was killed
+    give(data)
+    with pytest.raises(MegamupError, match=r"it can be read only once"):
+        find(["-", "-"], spool=spool)
     give(b"")
     with pytest.raises(MegamupError, match=r"standard input is empty"):
         find(["-"], spool=tmp_path / "other")

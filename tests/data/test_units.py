@@ -109,6 +109,22 @@ def test_json_lines_give_the_same_pieces_plain_and_compressed(tmp_path: Path, se
 
 
 @pytest.mark.usefixtures("small")
+def test_borders_of_units(tmp_path: Path) -> None:
+    """Lines that start exactly at a border, and a last line over several of them."""
+    even = b"".join(b'{"text": "%087d"}\n' % number for number in range(150))
+    assert len(even) == 150 * 100
+    data = even + b'{"text": "' + b"long " * 2500 + b'"}'
+    for name, content in (("a.jsonl", data), ("a.jsonl.gz", gzip.compress(data, 0))):
+        (tmp_path / name).write_bytes(content)
+    places = [number for number, unit in enumerate(plan(tmp_path / "a.jsonl")) for _ in documents(unit)]
+    assert places == [0] * 50 + [1] * 50 + [2] * 50 + [3]
+    (stream,) = plan(tmp_path / "a.jsonl.gz")
+    assert [piece for piece, _, _ in documents(stream)] == places
+    assert [piece for piece, _ in stream.pieces(ReadOptions(), lambda _: False)] == [0, 1, 2, 3, 4, 5]
+    assert len(plan(tmp_path / "a.jsonl")) == 6
+
+
+@pytest.mark.usefixtures("small")
 def test_unwanted_pieces_are_passed_over(tmp_path: Path) -> None:
     data, _ = corpus_lines(1)
     path = tmp_path / "a.jsonl.gz"
@@ -203,11 +219,11 @@ def test_one_long_text_is_one_document(tmp_path: Path, packed: bool) -> None:
         documents(plan(path)[0])
 
 
-def test_forced_cuts_are_counted(tmp_path: Path) -> None:
+def test_a_text_without_a_space_is_cut_anyway(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("x" * (9 << 20))
     (unit,) = plan(path)
     ((_, batches),) = unit.pieces(ReadOptions(), everything)
     found = list(batches)
-    assert sum(batch.forced_cuts for batch in found) == 2
+    assert [batch.continues for batch in found if batch.texts] == [True, True, False]
     assert sum(len(text) for batch in found for text in batch.texts) == 9 << 20

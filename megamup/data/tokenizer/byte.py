@@ -38,4 +38,4 @@ class ByteTokenizer(FileTokenizer):
         return data.decode("utf-8", errors="replace")
 
     def gigatoken(self) -> Any:
-        raise FastBackendError("bytes need no other")
+        raise FastBackendError  # without a reason: nothing is left to be made faster

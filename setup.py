@@ -60,6 +60,7 @@ setup(
         "dev": [
             "megatron-core>=0.16",
             "mypy>=1.11",
+            "psutil",
             "pytest>=8",
             "ruff>=0.6",
             "scipy-stubs",

@@ -15,17 +15,16 @@ import sys
 import time
 from contextlib import ExitStack
 
-from megamup.data.filters import describe_filters
-from megamup.data.sources import Found, add_input_arguments, describe_skipped, find, read_options
-from megamup.data.units import plan_units
-
 from megamup.cli import add_shard_size, fraction, positive, report_errors
 from megamup.data.encode import Encoder
 from megamup.data.executors import make_executor
+from megamup.data.filters import describe_filters
 from megamup.data.manifest import Manifest
 from megamup.data.preprocess import Job, Outcome, Run, first_texts
 from megamup.data.progress import ByteProgress
+from megamup.data.sources import Found, add_input_arguments, describe_skipped, find, read_options
 from megamup.data.tokenizer import Tokenizer, fastest_exact, load_tokenizer
+from megamup.data.units import plan_units
 from megamup.data.work_folder import WorkFolder
 from megamup.errors import MegamupError
 
@@ -140,15 +139,16 @@ def run(arguments: argparse.Namespace) -> None:
     part = None if arguments.part is None else arguments.part[0]
     if "-" in arguments.input and (arguments.part or arguments.merge):
         raise MegamupError("--input -: standard input can't be shared by parts; write it to a file first")
-    tokenizer: Tokenizer = load_tokenizer(arguments.tokenizer, arguments.eod)
+    reference = load_tokenizer(arguments.tokenizer, arguments.eod)
     with ExitStack() as stack:
         work = WorkFolder(prefix)
         stack.enter_context(work.held(part))
         found = find(arguments.input, arguments.suffix, arguments.exclude, spool=work.path / "stdin")
         options = read_options(arguments, arguments.on_error)
         units = plan_units(found)
+        tokenizer: Tokenizer = reference
         if arguments.backend == "fastest":
-            tokenizer = fastest_exact(tokenizer, first_texts(units, options))
+            tokenizer = fastest_exact(reference, list(first_texts(units, options)))
         encoder = Encoder(tokenizer, arguments.filters, arguments.valid_fraction, arguments.seed)
         job = Job(prefix, found, units, options, encoder, arguments.shard_size)
         progress = stack.enter_context(ByteProgress("tokenizing", found.total_bytes))

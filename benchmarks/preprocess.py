@@ -38,7 +38,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,8 +70,8 @@ class Results:
 def documents() -> Iterator[str]:
     """All text once, in documents of a web page's size, in a fixed random order."""
     generator = random.Random(0)
-    texts = [json.loads(line)["text"] for line in open(CORPORA / "c4_sample.jsonl", encoding="utf-8")]
-    for line in gzip.open(CORPORA / "novels.jsonl.gz", "rt", encoding="utf-8"):
+    texts, _ = texts_of(CORPORA / "c4_sample.jsonl")
+    for line in gzip.decompress((CORPORA / "novels.jsonl.gz").read_bytes()).splitlines():
         novel, start = json.loads(line)["text"], 0
         while start < len(novel):
             size = generator.choice([800, 2000, 4000, 12_000])
@@ -117,7 +116,9 @@ def _limited(file: Any, size: int) -> Any:
 
 
 def tool(*arguments: str) -> None:
-    subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(arguments)}: {done.stderr[-2000:]}")
 
 
 def ours(source: Path, output: Path, tokenizer: Path, workers: int, *more: str) -> float:
@@ -132,7 +133,7 @@ def ours(source: Path, output: Path, tokenizer: Path, workers: int, *more: str) 
 
 
 def peak_memory(action: Callable[[], object]) -> int:
-    """Largest sum of PSS (shared pages divided among those who share them) of all processes below this one, in bytes."""
+    """Largest sum of PSS (shared pages divided among their processes) of all processes below this one, in bytes."""
     peak, stop = 0, threading.Event()
 
     def watch() -> None:
@@ -183,11 +184,13 @@ def limits(results: Results, source: Path, folder: Path, repeat: int) -> None:
 
 
 def texts_of(path: Path) -> tuple[list[str], int]:
-    texts = [json.loads(line)["text"] for line in open(path, encoding="utf-8")]
+    texts = [json.loads(line)["text"] for line in path.read_bytes().splitlines()]
     return texts, sum(len(text.encode()) for text in texts)
 
 
-def byte_level(results: Results, source: Path, once: Path, slow: Path, tokenizer: Path, folder: Path, repeat: int) -> None:
+def byte_level(
+    results: Results, source: Path, once: Path, slow: Path, tokenizer: Path, folder: Path, repeat: int
+) -> None:
     """Byte-level BPE, the tokenizers of GPT, Llama 3 and Qwen."""
     size = source.stat().st_size
     what = f"JSONL to verified shards, {size / 1e6:.0f} MB"
@@ -231,7 +234,12 @@ def others(results: Results, slow: Path, tokenizer: Path, folder: Path) -> None:
     texts, size = texts_of(slow)
     reference = tokenizers.Tokenizer.from_file(str(tokenizer))
     note = f"first {size / 1e6:.0f} MB"
-    results.add("HF tokenizers, 2 threads", "encode_batch, texts in memory", [rate(lambda: reference.encode_batch(texts), size)], note)
+    results.add(
+        "HF tokenizers, 2 threads",
+        "encode_batch, texts in memory",
+        [rate(lambda: reference.encode_batch(texts), size)],
+        note,
+    )
     ranks = gpt2_ranks(json.loads(tokenizer.read_text(encoding="utf-8"))["model"]["vocab"])
     encoding = tiktoken.Encoding("benchmark", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
     encode = lambda: encoding.encode_ordinary_batch(texts, num_threads=2)  # noqa: E731
@@ -247,7 +255,11 @@ def gpt2_ranks(vocab: dict[str, int]) -> dict[bytes, int]:
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     byte_of = {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
-    pieces = {bytes(byte_of[character] for character in piece): rank for piece, rank in vocab.items() if set(piece) <= byte_of.keys()}
+    pieces = {
+        bytes(byte_of[character] for character in piece): rank
+        for piece, rank in vocab.items()
+        if set(piece) <= byte_of.keys()
+    }
     return {piece: rank for rank, piece in enumerate(sorted(pieces, key=pieces.__getitem__))}
 
 
@@ -269,10 +281,12 @@ def datatrove(results: Results, slow: Path, tokenizer: Path, folder: Path) -> No
     lines = slow.read_bytes().splitlines(keepends=True)
     for part in range(2):
         (parts / f"{part}.jsonl").write_bytes(b"".join(lines[part::2]))
-    (folder / "datatrove.py").write_text(program)
-    call = [str(folder / "datatrove.py"), str(parts), str(folder / "datatrove.out"), str(tokenizer)]
+    (folder / "tokenize_with_datatrove.py").write_text(program)
+    call = [str(folder / "tokenize_with_datatrove.py"), str(parts), str(folder / "datatrove.out"), str(tokenizer)]
     results.add(
-        "datatrove, 2 tasks", "DocumentTokenizer, JSONL to its tokens", [rate(lambda: tool(*call), slow.stat().st_size)],
+        "datatrove, 2 tasks",
+        "DocumentTokenizer, JSONL to its tokens",
+        [rate(lambda: tool(*call), slow.stat().st_size)],
         f"first {slow.stat().st_size / 1e6:.0f} MB",
     )
 
@@ -292,7 +306,10 @@ def sentencepiece(results: Results, source: Path, once: Path, kind: str, folder:
     results.add("sentencepiece, 2 threads", f"{kind}, texts in memory", raw, note)
     results.add("megamup, 2 workers", f"{kind}, JSONL to verified shards by sentencepiece", mine, note)
     share = median(mine) / median(raw)
-    results.hold(f"SentencePiece {kind} at {BOUND_SENTENCEPIECE:.0%} of the raw rate or more ({share:.0%})", share >= BOUND_SENTENCEPIECE)
+    results.hold(
+        f"SentencePiece {kind} at {BOUND_SENTENCEPIECE:.0%} of the raw rate or more ({share:.0%})",
+        share >= BOUND_SENTENCEPIECE,
+    )
     if kind == "bpe":
         fast = [size / 1e6 / ours(source, folder / kind, model, 2) for _ in range(repeat)]
         results.add("megamup, 2 workers", f"{kind}, JSONL to verified shards, fastest exact", fast, note)

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 
-def write_text_atomic(path: Path, text: str) -> None:
-    """Write `text` to `path` (UTF-8), so that a reader sees the old file or the new one, never a part.
+def write_bytes_atomic(path: Path, data: bytes) -> None:
+    """Write `data` to `path`, so that a reader sees the old file or the new one, never a part.
 
-    The text goes to a file beside `path`, reaches the disk (fsync) and is renamed over `path`; missing parent
-    folders are made.
+    It goes to a file beside `path`, reaches the disk (fsync) and is renamed over `path`; missing parent folders are
+    made.
 
     Raises:
         OSError: the folder can't be written.
@@ -19,8 +19,8 @@ def write_text_atomic(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         # mkstemp makes files that only their owner reads; the result gets what the umask grants.
@@ -33,8 +33,13 @@ def write_text_atomic(path: Path, text: str) -> None:
         raise
 
 
+def write_text_atomic(path: Path, text: str) -> None:
+    """`write_bytes_atomic` of `text` as UTF-8."""
+    write_bytes_atomic(path, text.encode("utf-8"))
+
+
 def write_json_atomic(path: Path, obj: Any) -> None:
-    """Write `obj` as indented JSON to `path` with `write_text_atomic`.
+    """Write `obj` as indented JSON to `path` with `write_bytes_atomic`.
 
     Raises:
         OSError: the folder can't be written.

@@ -33,6 +33,12 @@ def write_shard(prefix: Path, n_tokens: int, seed: int) -> None:
     write_corpus(str(prefix), np.split(ids, [n_tokens // 2]), VOCAB, eod_id=0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What is remembered between runs is remembered for one run of the tests."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``train`` and ``valid`` shards."""

@@ -19,11 +19,11 @@ import sys
 import time
 
 from megamup.cli import positive, report_errors
-from megamup.data.deduplicate import Job, Run, report_path
-from megamup.data.duplicates import Exact, Method, MinHash
-from megamup.data.executors import make_executor
-from megamup.data.sources import add_input_arguments, describe_skipped, find, read_options
-from megamup.data.work_folder import WorkFolder
+from megamup.data.deduplicate.duplicates import Exact, Method, MinHash
+from megamup.data.deduplicate.run import Job, Run, report_path
+from megamup.data.reading.sources import add_input_arguments, describe_skipped, find, read_options
+from megamup.data.work.executors import make_executor
+from megamup.data.work.folder import WorkFolder
 from megamup.errors import MegamupError
 
 

@@ -16,16 +16,16 @@ import time
 from contextlib import ExitStack
 
 from megamup.cli import add_shard_size, fraction, positive, report_errors
-from megamup.data.encode import Encoder
-from megamup.data.executors import make_executor
-from megamup.data.filters import describe_filters
 from megamup.data.manifest import Manifest
-from megamup.data.preprocess import Job, Outcome, Run, first_texts
+from megamup.data.preprocess.encode import Encoder
+from megamup.data.preprocess.filters import describe_filters
+from megamup.data.preprocess.run import Job, Outcome, Run, first_texts
 from megamup.data.progress import ByteProgress
-from megamup.data.sources import Found, add_input_arguments, describe_skipped, find, read_options
+from megamup.data.reading.sources import Found, add_input_arguments, describe_skipped, find, read_options
+from megamup.data.reading.units import plan_units
 from megamup.data.tokenizer import Tokenizer, fastest_exact, load_tokenizer
-from megamup.data.units import plan_units
-from megamup.data.work_folder import WorkFolder
+from megamup.data.work.executors import make_executor
+from megamup.data.work.folder import WorkFolder
 from megamup.errors import MegamupError
 
 

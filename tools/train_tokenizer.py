@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from megamup.cli import report_errors
-from megamup.data.sources import add_input_arguments, describe_skipped, find, read_options
+from megamup.data.reading.sources import add_input_arguments, describe_skipped, find, read_options
 from megamup.data.tokenizer_training import (
     ended_by_interrupt,
     sample_text,

@@ -1,4 +1,5 @@
-"""From text to batches: readers -> tokenizer -> shards (on disk) -> samples -> blend -> collate -> loader.
+"""From text to batches.
 
-Everything but `loader` runs without torch, so that tokenizing needs no training environment.
+On disk: reading -> tokenizer -> preprocess -> a corpus (manifest, shards). In training: corpus -> samples -> blend ->
+collate -> loader. Everything but `loader` runs without torch, so that tokenizing needs no training environment.
 """

@@ -11,14 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from megamup.data.documents import ReadOptions
-from megamup.data.pending import PendingFile
 from megamup.data.progress import ByteProgress
-from megamup.data.sources import Found
+from megamup.data.reading.documents import ReadOptions
+from megamup.data.reading.sources import Found
+from megamup.data.reading.units import plan_units
 from megamup.data.tokenizer import FileTokenizer, load_tokenizer
 from megamup.data.tokenizer.base import require
-from megamup.data.units import plan_units
+from megamup.data.writer import writing
 from megamup.errors import MegamupError
+from megamup.files import write_bytes_atomic
 
 BYTE_PIECES = 256
 META_PIECES = 2  # <unk>, </s>
@@ -203,11 +204,6 @@ def write_tokenizer(data: bytes, path: Path) -> FileTokenizer:
     Raises:
         MegamupError: the file can't be written.
     """
-    file = PendingFile(path)
-    try:
-        file.write(data)
-        file.sync()
-        file.publish()
-    finally:
-        file.discard()
+    with writing(path):
+        write_bytes_atomic(path, data)
     return load_tokenizer(str(path))

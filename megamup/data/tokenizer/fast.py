@@ -7,9 +7,13 @@ after that (`spot_check`).
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import json
 import os
+import unicodedata
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import compress, islice
 from pathlib import Path
 from typing import Any
@@ -17,12 +21,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megamup.data.cache import default_folder
 from megamup.data.tokenizer import probes
 from megamup.data.tokenizer.base import FastBackendError, FileTokenizer, Ids, Lengths, Tokenizer, panics_as_errors
 from megamup.errors import MegamupError
+from megamup.files import write_json_atomic
 
 CHECKED_CHARACTERS = 1 << 20
 """Of the first documents, compared by `fastest_exact`."""
+SWEEP = 1
+"""Of the characters and texts that a sweep compares: another number forgets what earlier ones found."""
 MOST_DISPUTED = 10_000
 """Characters; where the backends differ in more, they don't do the same."""
 REFRESH_CHARACTERS = 16 << 20
@@ -210,6 +218,18 @@ def _first(sample: Sequence[str]) -> list[str]:
 
 
 def _disputed_characters(trial: CheckedTokenizer) -> str:
+    """What `_sweep` finds. It takes a second, so it is remembered, for a tokenizer and the versions of the libraries."""
+    state = (SWEEP, trial.sha256, trial.backend, trial.reference.backend, unicodedata.unidata_version)
+    entry = default_folder() / f"disputed-{hashlib.sha256(repr(state).encode()).hexdigest()}.json"
+    with suppress(OSError, ValueError, TypeError):
+        return str(json.loads(entry.read_bytes())["characters"])
+    found = _sweep(trial)
+    with suppress(OSError):
+        write_json_atomic(entry, {"characters": found})
+    return found
+
+
+def _sweep(trial: CheckedTokenizer) -> str:
     """Characters that the two backends encode differently.
 
     Raises:

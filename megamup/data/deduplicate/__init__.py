@@ -1,0 +1,1 @@
+"""Documents without their duplicates, as JSON lines."""

@@ -17,7 +17,7 @@ class ByteProgress:
 
     Args:
         label: what is being done.
-        total: bytes to do.
+        total: bytes to do, 0 where that isn't known.
         stream: where to say it; default stderr.
         interval: seconds between plain lines.
     """
@@ -25,11 +25,11 @@ class ByteProgress:
     def __init__(self, label: str, total: int, *, stream: TextIO | None = None, interval: float = 10.0) -> None:
         self.label, self.total, self.interval = label, total, interval
         self.stream = stream or sys.stderr
-        self.done = 0
+        self.done = self._before = 0
         self._start = self._said = time.monotonic()
-        self._bar = (
-            tqdm(total=total, desc=label, unit="B", unit_scale=True, file=self.stream) if self.stream.isatty() else None
-        )
+        on_terminal = self.stream.isatty()
+        bar = {"desc": label, "unit": "B", "unit_scale": True, "file": self.stream}
+        self._bar = tqdm(total=total or None, **bar) if on_terminal else None
 
     def __enter__(self) -> ByteProgress:
         return self
@@ -50,8 +50,18 @@ class ByteProgress:
             self._said = now
             print(self._line(now - self._start), file=self.stream, flush=True)
 
+    def resume(self, n_bytes: int) -> None:
+        """Count what an earlier run has done; it has no part in the rate."""
+        self.done += n_bytes
+        self._before += n_bytes
+        if self._bar is not None:
+            self._bar.initial += n_bytes
+            self._bar.update(n_bytes)
+
     def _line(self, seconds: float) -> str:
-        rate = self.done / seconds
+        rate = (self.done - self._before) / seconds
+        if not self.total:  # data sets of the hub don't tell their size
+            return f"{self.label}: {self.done / 1e6:,.1f} MB, {rate / 1e6:.1f} MB/s"
         left = max(self.total - self.done, 0) / rate if rate else float("inf")
         return (
             f"{self.label}: {self.done / 1e6:,.1f} of {self.total / 1e6:,.1f} MB "

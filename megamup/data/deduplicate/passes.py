@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from megamup.data.preprocess.pieces import NAMED_DOCUMENTS
+from megamup.data.progress import ByteProgress
 from megamup.data.reading.documents import Batch, ReadOptions
 from megamup.data.reading.units import Unit
 from megamup.data.work.executors import Executor
@@ -145,7 +146,7 @@ def do_pass(
     options: ReadOptions,
     executor: Executor,
     alive: Path,
-    advance: Callable[[int], None],
+    progress: ByteProgress,
 ) -> None:
     """Do a step for every piece of every unit that it isn't done for yet.
 
@@ -156,7 +157,7 @@ def do_pass(
         options: how documents are read.
         executor: what works.
         alive: a file that is removed when the run ends.
-        advance: hears of input bytes as pieces are done.
+        progress: hears of input bytes as pieces are done.
 
     Raises:
         MegamupError: a document can't be read, or a file not written; what is done stays for the next run.
@@ -172,4 +173,4 @@ def do_pass(
         info = pieces.info(unit, piece, step.name)
         return None if info is None else info.source_bytes
 
-    Schedule(units, executor, start, is_done, piece_bytes, advance).run(range(len(units)))
+    Schedule(units, executor, start, is_done, piece_bytes, progress).run(range(len(units)))

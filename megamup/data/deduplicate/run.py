@@ -214,7 +214,7 @@ class Run:
     def _pass(self, step: Step, label: str) -> None:
         units = [unit for _, unit in self.job.units]
         with ByteProgress(label, self.job.found.total_bytes) as progress, self.work.alive() as alive:
-            do_pass(step, self.pieces, units, self.job.options, self.executor, alive, progress.advance)
+            do_pass(step, self.pieces, units, self.job.options, self.executor, alive, progress)
 
     def _infos(self, step: str) -> list[tuple[int, Path, PieceInfo]]:
         """What a pass read of each piece, in order: (place of the input, path of the piece, info)."""

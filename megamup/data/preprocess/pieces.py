@@ -42,6 +42,7 @@ class PartInfo:
     tokens: int = 0
     text_bytes: int = 0
     max_id: int = -1
+    bin_bytes: int = 0
     bin_crc: int = 0
     len_crc: int = 0
 
@@ -81,7 +82,18 @@ class PieceFolder:
             info = PieceInfo(**values)
         except (FileNotFoundError, ValueError, TypeError, KeyError):  # a torn marker is none
             return None
-        return info if self.with_unreadable or not info.left_out["unreadable"] else None
+        usable = self.with_unreadable or not info.left_out["unreadable"]
+        return info if usable and self._has_files(key, info) else None
+
+    def _has_files(self, key: str, info: PieceInfo) -> bool:
+        """Whether the files are there in full: a crash of the machine may leave the marker alone, or empty files."""
+        sizes: dict[str, int] = {}
+        for part, about in enumerate(info.parts):
+            sizes |= {f"{part}.bin": about.bin_bytes, f"{part}.len": 8 * about.documents}
+        try:
+            return all(os.stat(self._file(key, suffix)).st_size == size for suffix, size in sizes.items())
+        except FileNotFoundError:
+            return False
 
     def mark(self, key: str, info: PieceInfo) -> None:
         """Say that the files of a piece are whole."""
@@ -172,6 +184,7 @@ class PieceWriter:
             return
         info, data = self.info.parts[part], ids.view(np.uint8).data
         info.bin_crc = zlib.crc32(data, info.bin_crc)
+        info.bin_bytes += ids.nbytes
         info.tokens += len(ids)
         info.text_bytes += text_bytes
         info.max_id = max(info.max_id, int(ids.max()))

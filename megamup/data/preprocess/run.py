@@ -152,8 +152,7 @@ class Run:
                 unit, key = job.units[lane.unit], job.keys[lane.unit]
                 return self.executor.submit(encode_lane, encoder_path, job.options, unit, key, lane, alive)
 
-            advance = self.progress.advance
-            schedule = Schedule(job.units, self.executor, start, self._is_done, self._piece_bytes, advance)
+            schedule = Schedule(job.units, self.executor, start, self._is_done, self._piece_bytes, self.progress)
             schedule.run(numbers, self._assemble_what_is_ready if assembling else lambda: None)
 
     def _is_done(self, number: int) -> bool:

@@ -241,4 +241,7 @@ def _nearest_path(path: str) -> str:
     folder = os.path.dirname(path) or "."
     names = os.listdir(folder) if os.path.isdir(folder) else []
     nearest = difflib.get_close_matches(os.path.basename(path), names, n=1)
-    return f"; did you mean {os.path.join(os.path.dirname(path), nearest[0])!r}?" if nearest else ""
+    if nearest:
+        return f"; did you mean {os.path.join(os.path.dirname(path), nearest[0])!r}?"
+    is_name = "." not in path and path.count("/") <= 1 and not path.startswith("/")
+    return f"; a data set of the Hugging Face hub is named as {PREFIX}{path}" if is_name else ""

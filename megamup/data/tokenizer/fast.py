@@ -218,7 +218,7 @@ def _first(sample: Sequence[str]) -> list[str]:
 
 
 def _disputed_characters(trial: CheckedTokenizer) -> str:
-    """What `_sweep` finds. It takes a second, so it is remembered, for a tokenizer and the versions of the libraries."""
+    """What `_sweep` finds. It takes a second, so it is remembered for a tokenizer and versions of the libraries."""
     state = (SWEEP, trial.sha256, trial.backend, trial.reference.backend, unicodedata.unidata_version)
     entry = default_folder() / f"disputed-{hashlib.sha256(repr(state).encode()).hexdigest()}.json"
     with suppress(OSError, ValueError, TypeError):

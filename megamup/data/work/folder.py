@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ class WorkFolder:
             MegamupError: another process holds it, or it can't be written.
         """
         with ExitStack() as stack:
+            shutil.rmtree(self._discarded, ignore_errors=True)  # of a process that was killed in the middle of it
             with writing(self.path):
                 for name in ("pieces", "shards"):
                     (self.path / name).mkdir(parents=True, exist_ok=True)
@@ -68,5 +70,11 @@ class WorkFolder:
             path.unlink(missing_ok=True)
 
     def discard(self) -> None:
-        """Remove the folder with all that is done."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Remove the folder with all that is done, at one stroke: a part of it would be taken for the whole."""
+        with suppress(OSError):
+            os.rename(self.path, self._discarded)
+        shutil.rmtree(self._discarded, ignore_errors=True)
+
+    @property
+    def _discarded(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.discarded")

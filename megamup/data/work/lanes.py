@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from megamup.data.progress import ByteProgress
 from megamup.data.reading.units import Unit
 from megamup.data.work.executors import Executor
 from megamup.errors import MegamupError
@@ -70,7 +71,7 @@ class Schedule:
         start: submits a lane to it.
         is_done: whether all pieces of a unit are there.
         piece_bytes: input bytes of a piece (unit, number) that is there, None where it isn't.
-        advance: hears of input bytes as pieces are done.
+        progress: hears of input bytes as pieces are done.
     """
 
     units: Sequence[Unit]
@@ -78,7 +79,7 @@ class Schedule:
     start: Callable[[Lane], Future[None]]
     is_done: Callable[[int], bool]
     piece_bytes: Callable[[int, int], int | None]
-    advance: Callable[[int], None]
+    progress: ByteProgress
 
     def run(self, numbers: Sequence[int], look: Callable[[], None] = lambda: None) -> None:
         """Work on the units of these numbers; `look` is called now and then, and at the end.
@@ -93,22 +94,22 @@ class Schedule:
             while waiting and len(active) < 2 * self.executor.workers:
                 lane = waiting.popleft()
                 if self.is_done(lane.unit):
-                    self._count(lane, seen)
+                    self._count(lane, seen, self.progress.resume)
                 else:
                     active[self.start(lane)] = lane
             ended = wait(active, POLL_SECONDS, FIRST_COMPLETED).done
             for lane in active.values():
-                self._count(lane, seen)
+                self._count(lane, seen, self.progress.advance)
             for future in ended:
                 del active[future]
                 result_of(future)
             look()
 
-    def _count(self, lane: Lane, seen: dict[Lane, int]) -> None:
+    def _count(self, lane: Lane, seen: dict[Lane, int], tell: Callable[[int], None]) -> None:
         """Tell of the pieces of a lane that are new."""
         piece = seen.get(lane, lane.lane)
         while (size := self.piece_bytes(lane.unit, piece)) is not None:
-            self.advance(size)
+            tell(size)
             piece += lane.lanes
         seen[lane] = piece
 

@@ -81,6 +81,15 @@ def test_shards_within_a_piece(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.0.bin", "a.0.len"])
+@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(b""), Path.unlink])
+def test_a_piece_whose_files_are_lost_is_none(folder: Path, name: str, damage: Any) -> None:
+    """As after a crash of the machine, which may keep the marker alone."""
+    damage(folder / "pieces" / name)
+    assert PieceFolder(folder / "pieces").info("a") is None
+    assert PieceFolder(folder / "pieces").info("b") is not None
+
+
+@pytest.mark.parametrize("name", ["a.0.bin", "a.0.len"])
 @pytest.mark.parametrize("damage", [lambda path: path.write_bytes(b"\1" * path.stat().st_size), Path.unlink])
 def test_a_damaged_piece_is_given_up(folder: Path, name: str, damage: Any) -> None:
     """A crash of the machine may lose what was written last: the piece isn't done any more; nothing is made of it."""

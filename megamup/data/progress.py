@@ -27,9 +27,9 @@ class ByteProgress:
         self.stream = stream or sys.stderr
         self.done = self._before = 0
         self._start = self._said = time.monotonic()
-        on_terminal = self.stream.isatty()
-        bar = {"desc": label, "unit": "B", "unit_scale": True, "file": self.stream}
-        self._bar = tqdm(total=total or None, **bar) if on_terminal else None
+        self._bar = None
+        if self.stream.isatty():
+            self._bar = tqdm(total=total or None, desc=label, unit="B", unit_scale=True, file=self.stream)
 
     def __enter__(self) -> ByteProgress:
         return self

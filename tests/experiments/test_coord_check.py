@@ -331,8 +331,8 @@ def test_unit_scaled_mup_is_flat_without_a_base(check: Run) -> None:
 
 
 def test_depth_is_flat_under_completep_alone(check: Run) -> None:
-    small = ["model.d_model=32", "model.n_heads=2", "model.d_ff=64", "data.seq_len=64"]
-    small += ["mup.base.d_model=32", "mup.base.n_heads=2", "mup.base.d_ff=64"]
+    small = ["model.d_model=64", "model.n_heads=2", "model.d_ff=128", "data.seq_len=64"]
+    small += ["mup.base.d_model=64", "mup.base.n_heads=2", "mup.base.d_ff=128"]
     depths = ("--depths", "2,4,8", "--steps", "4", "--tolerance", "0.15")
     code, found = check(*small, "mup.depth=completep", *depths)
     assert (code, found["axis"], found["sizes"]) == (0, "depth", [2, 4, 8])

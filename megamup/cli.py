@@ -64,6 +64,16 @@ def byte_size(text: str) -> int:
     return size
 
 
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """--workers of the programs that share work among processes."""
+    parser.add_argument(
+        "--workers",
+        type=positive,
+        default=len(os.sched_getaffinity(0)),
+        help="processes, without effect on the output (default: the cores, %(default)s)",
+    )
+
+
 def add_shard_size(parser: argparse._ActionsContainer, default: str | None = "16GB") -> None:
     """--shard-size of the programs that write shards."""
     parser.add_argument(

@@ -18,10 +18,10 @@ import os
 import sys
 import time
 
-from megamup.cli import positive, report_errors
+from megamup.cli import add_workers, report_errors
 from megamup.data.deduplicate.duplicates import Exact, Method, MinHash
 from megamup.data.deduplicate.run import Job, Run, report_path
-from megamup.data.reading.sources import add_input_arguments, describe_skipped, find, read_options
+from megamup.data.reading.sources import add_error_argument, add_input_arguments, describe_skipped, find, read_options
 from megamup.data.work.executors import make_executor
 from megamup.data.work.folder import WorkFolder
 from megamup.errors import MegamupError
@@ -42,18 +42,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--ngram", type=int, metavar="N", help=f"minhash: words of an n-gram (default: {MinHash.ngram})"
     )
     parser.add_argument("--compress", action="store_true", help="write zstd")
-    parser.add_argument(
-        "--workers",
-        type=positive,
-        default=len(os.sched_getaffinity(0)),
-        help="processes, without effect on the output (default: the cores, %(default)s)",
-    )
-    parser.add_argument(
-        "--on-error",
-        choices=["stop", "skip"],
-        default="stop",
-        help="on a document that isn't UTF-8 or valid JSON: stop (default), or leave it out and report it",
-    )
+    add_workers(parser)
+    add_error_argument(parser)
     return parser
 
 

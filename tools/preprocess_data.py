@@ -15,13 +15,20 @@ import sys
 import time
 from contextlib import ExitStack
 
-from megamup.cli import add_shard_size, fraction, positive, report_errors
+from megamup.cli import add_shard_size, add_workers, fraction, report_errors
 from megamup.data.manifest import Manifest
 from megamup.data.preprocess.encode import Encoder
 from megamup.data.preprocess.filters import describe_filters
 from megamup.data.preprocess.run import Job, Outcome, Run, first_texts
 from megamup.data.progress import ByteProgress
-from megamup.data.reading.sources import Found, add_input_arguments, describe_skipped, find, read_options
+from megamup.data.reading.sources import (
+    Found,
+    add_error_argument,
+    add_input_arguments,
+    describe_skipped,
+    find,
+    read_options,
+)
 from megamup.data.reading.units import plan_units
 from megamup.data.tokenizer import Tokenizer, fastest_exact, load_tokenizer
 from megamup.data.work.executors import make_executor
@@ -57,12 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="fastest: a fast library where it is found to give the reference's ids, document by document (default); "
         "reference: the library that the tokenizer's format is of",
     )
-    parser.add_argument(
-        "--workers",
-        type=positive,
-        default=len(os.sched_getaffinity(0)),
-        help="processes that tokenize, without effect on the output (default: the cores, %(default)s)",
-    )
+    add_workers(parser)
     parser.add_argument(
         "--executor",
         choices=["processes", "ray"],
@@ -84,12 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="write P_train and P_valid, this share of the documents in P_valid",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the choice of documents for P_valid (default: 0)")
-    parser.add_argument(
-        "--on-error",
-        choices=["stop", "skip"],
-        default="stop",
-        help="on a document that isn't UTF-8 or valid JSON: stop (default), or leave it out and report it",
-    )
+    add_error_argument(parser)
     parser.add_argument(
         "--filter",
         action="append",

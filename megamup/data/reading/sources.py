@@ -84,6 +84,16 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     several("--exclude", "GLOB", "in folders and globs, leave out what has such a name or path below the folder")
 
 
+def add_error_argument(parser: argparse.ArgumentParser) -> None:
+    """--on-error of the programs that keep what they read."""
+    parser.add_argument(
+        "--on-error",
+        choices=["stop", "skip"],
+        default="stop",
+        help="on a document that isn't UTF-8 or valid JSON: stop (default), or leave it out and report it",
+    )
+
+
 def read_options(arguments: argparse.Namespace, on_error: Literal["stop", "skip"] = "stop") -> ReadOptions:
     """How documents are read, from the options of `add_input_arguments`."""
     return ReadOptions(tuple(arguments.text_key), arguments.key_separator, on_error)

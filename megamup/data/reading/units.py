@@ -215,8 +215,8 @@ class RowGroups:
 
 
 @dataclass(frozen=True)
-class CompressedLines:
-    """A file of compressed JSON lines. A piece is the lines that start in UNIT_BYTES of what they are decompressed."""
+class Stream:
+    """A source that can only be read from its start."""
 
     source: Source
     is_stream = True
@@ -228,6 +228,11 @@ class CompressedLines:
     @property
     def source_bytes(self) -> int:
         return self.source.size
+
+
+@dataclass(frozen=True)
+class CompressedLines(Stream):
+    """A file of compressed JSON lines. A piece is the lines that start in UNIT_BYTES of what they are decompressed."""
 
     def pieces(self, options: ReadOptions, wanted: Wanted) -> Pieces:
         reader, name = Reader(options), self.source.name
@@ -251,19 +256,8 @@ class CompressedLines:
 
 
 @dataclass(frozen=True)
-class ArrowStream:
+class ArrowStream(Stream):
     """A large Arrow file. A piece is the record batches that start in UNIT_BYTES of it."""
-
-    source: Source
-    is_stream = True
-
-    @property
-    def name(self) -> str:
-        return self.source.name
-
-    @property
-    def source_bytes(self) -> int:
-        return self.source.size
 
     def pieces(self, options: ReadOptions, wanted: Wanted) -> Pieces:
         reader, source = Reader(options), self.source
@@ -286,19 +280,8 @@ class ArrowStream:
 
 
 @dataclass(frozen=True)
-class HubShard:
+class HubShard(Stream):
     """A shard of a data set that is read by its name. A piece is the rows that start in UNIT_BYTES characters of it."""
-
-    source: Source
-    is_stream = True
-
-    @property
-    def name(self) -> str:
-        return self.source.name
-
-    @property
-    def source_bytes(self) -> int:
-        return self.source.size
 
     def pieces(self, options: ReadOptions, wanted: Wanted) -> Pieces:
         reader, name = Reader(options), self.source.name

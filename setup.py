@@ -25,6 +25,7 @@ setup(
     package_data={
         "megamup": ["py.typed"],
         "megamup.ds_configs": ["*.json"],
+        "megamup.launch": ["*.sbatch"],
         "megamup.configs": ["*.yaml", "studies/*.yaml", "studies/mup/*.yaml"],
     },
     entry_points={"console_scripts": ["megamup = megamup.cli:main"]},

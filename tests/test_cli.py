@@ -132,3 +132,10 @@ def test_a_wheel_plans_outside_the_checkout(
     assert found["state_bytes_per_rank"] == {"weights": 2 * total, "gradients": 4 * total, "optimizer": 6 * total}
     assert main(["plan", str(config_file), "--ranks", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == found
+
+
+def test_programs_are_executable() -> None:
+    """As the README starts them."""
+    for path in [*(ROOT / "tools").glob("*.py"), *(ROOT / "launch").iterdir()]:
+        if path.suffix in (".py", ".sbatch"):
+            assert os.access(path, os.X_OK), path

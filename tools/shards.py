@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from megamup.cli import add_shard_size, fraction, report_errors
+from megamup.cli import add_shard_size, fraction, positive, report_errors
 from megamup.data.corpus import Corpus
 from megamup.data.manifest import Manifest, TokenizerEntry
 from megamup.data.progress import ByteProgress
@@ -41,8 +41,8 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("prefix", nargs="+", metavar="P")
     one = verb("head", head, "the first documents, decoded")
     one.add_argument("prefix", metavar="P")
-    one.add_argument("-n", type=int, default=1, metavar="N", help="documents (default: 1)")
-    one.add_argument("--tokens", type=int, default=200, metavar="T", help="tokens of each (default: 200)")
+    one.add_argument("-n", type=positive, default=1, metavar="N", help="documents (default: 1)")
+    one.add_argument("--tokens", type=positive, default=200, metavar="T", help="tokens of each (default: 200)")
     one.add_argument("--tokenizer", metavar="SPEC", help="default: the one stored beside the shards")
     one = verb("merge", merge, "several corpora one after the other, as one")
     one.add_argument("prefix", nargs="+", metavar="P")
@@ -119,8 +119,16 @@ def verify(arguments: argparse.Namespace) -> None:
         corpus = Corpus(prefix)
         with progress("verifying", [corpus]) as bar:
             verify_corpus(corpus, bar.advance)
-        checked = "checksums, index, ids and tokenizer" if corpus.manifest else "index (no manifest with checksums)"
-        print(f"{prefix}: {len(corpus):,} documents, {corpus.n_tokens:,} tokens: {checked} are right")
+        print(f"{prefix}: {len(corpus):,} documents, {corpus.n_tokens:,} tokens: {checked(corpus)}")
+
+
+def checked(corpus: Corpus) -> str:
+    """What `verify` has found right."""
+    if corpus.manifest is None:
+        return "index is right; no manifest tells checksums"
+    if corpus.manifest.tokenizer.folder is None:
+        return "checksums, index and ids are right; no tokenizer lies beside it"
+    return "checksums, index, ids and tokenizer are right"
 
 
 def progress(label: str, corpora: list[Corpus]) -> ByteProgress:
@@ -131,11 +139,13 @@ def progress(label: str, corpora: list[Corpus]) -> ByteProgress:
 
 
 def head(arguments: argparse.Namespace) -> None:
-    from megamup.data.corpus_tools import stored_tokenizer
-    from megamup.data.tokenizer import load_tokenizer
+    from megamup.data import corpus_tools
 
     corpus = Corpus(arguments.prefix)
-    tokenizer = load_tokenizer(arguments.tokenizer) if arguments.tokenizer else stored_tokenizer(corpus)
+    if arguments.tokenizer:
+        tokenizer = corpus_tools.vocabulary([corpus], arguments.tokenizer).tokenizer
+    else:
+        tokenizer = corpus_tools.stored_tokenizer(corpus)
     if tokenizer is None:
         raise MegamupError(f"{arguments.prefix!r} has no tokenizer beside it; name one with --tokenizer")
     for index in range(min(arguments.n, len(corpus))):

@@ -247,6 +247,10 @@ def from_nanogpt(path: Path, output: str, meaning: Vocabulary, shard_bytes: int 
     """
     if not path.is_file() or path.stat().st_size == 0:
         raise MegamupError(f"{path}: {'empty' if path.is_file() else 'no such file'}; expected nanoGPT's train.bin")
+    if not 0 <= meaning.eod_id < meaning.vocab_size:
+        raise MegamupError(
+            f"--eod-id {meaning.eod_id}: expected an id of the vocabulary, 0 to {meaning.vocab_size - 1:,}"
+        )
     start = _llm_c_header(path)
     if (path.stat().st_size - start) % 2:
         raise MegamupError(f"{path}: {path.stat().st_size:,} bytes, an odd number: not uint16 ids, or cut short")

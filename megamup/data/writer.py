@@ -140,10 +140,10 @@ def publish(corpora: Sequence[StagedCorpus]) -> dict[str, Manifest]:
     """Put staged corpora in the place of earlier ones of their names, all of them together; returns their manifests.
 
     Old manifests and indices go first, new manifests come last: a process that dies in between leaves no manifest
-    over tokens that aren't its own. Called again, it goes on.
+    over tokens that aren't its own.
 
     Raises:
-        MegamupError: a file can't be renamed.
+        MegamupError: a staged file is missing, or can't be renamed.
     """
     manifests = {}
     moves: dict[str, dict[Path, Path]] = {}
@@ -156,15 +156,13 @@ def publish(corpora: Sequence[StagedCorpus]) -> dict[str, Manifest]:
             for old, new in zip(entries, named, strict=True)
             for suffix in (".bin", ".idx")
         }
-    for prefix, files in moves.items():
+    for prefix in moves:
         with writing(shard_path(prefix, ".json")):
-            # What isn't staged any more was moved by an earlier call that was killed after that.
-            _remove(prefix, keep={target for staged, target in files.items() if not staged.exists()})
+            _remove(prefix)
     for prefix, files in moves.items():
         with writing(Path(prefix)):
             for staged, target in files.items():
-                with suppress(FileNotFoundError):
-                    os.replace(staged, target)
+                os.replace(staged, target)
             sync_folder(Path(prefix).parent)
     for prefix, manifest in manifests.items():
         with writing(shard_path(prefix, ".json")):
@@ -177,8 +175,8 @@ def _renamed(entry: ShardEntry, name: str) -> ShardEntry:
     return replace(entry, name=name)
 
 
-def _remove(prefix: str, keep: set[Path]) -> None:
-    """Remove the corpus at `prefix` but for some files, its manifest first; Megatron's files of that name too."""
+def _remove(prefix: str) -> None:
+    """Remove the corpus at `prefix`, its manifest first; Megatron's files of that name too."""
     path = shard_path(prefix, ".json")
     names = [Path(prefix).name]
     if path.is_file():
@@ -188,9 +186,7 @@ def _remove(prefix: str, keep: set[Path]) -> None:
         sync_folder(path.parent)
     for name in names:
         for suffix in (".idx", ".bin"):
-            file = path.parent / (name + suffix)
-            if file not in keep:
-                file.unlink(missing_ok=True)
+            (path.parent / (name + suffix)).unlink(missing_ok=True)
 
 
 def documents_that_fit(lengths: Lengths, used: int, limit: int) -> int:

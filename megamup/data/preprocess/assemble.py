@@ -108,6 +108,8 @@ def record_path(folder: Path, part: int, segments: list[Segment]) -> Path:
 
 
 def assembled(folder: Path, part: int, segments: list[Segment]) -> ShardEntry | None:
-    """The shard that an earlier run made, if it did."""
+    """The shard that an earlier run staged, if it is still there: one killed while publishing has moved it."""
     path = record_path(folder, part, segments)
-    return ShardEntry(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    if not all(file.is_file() for file in (path, path.with_suffix(".bin"), path.with_suffix(".idx"))):
+        return None
+    return ShardEntry(**json.loads(path.read_text(encoding="utf-8")))

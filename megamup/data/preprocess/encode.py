@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megamup.data.preprocess.filters import Filter, code_sha256, load_filter
+from megamup.data.preprocess.filters import SEEN_CHARACTERS, Filter, code_sha256, load_filter
 from megamup.data.preprocess.pieces import NAMED_DOCUMENTS, PieceWriter
 from megamup.data.reading.documents import Batch
 from megamup.data.shards import token_dtype
@@ -40,10 +40,9 @@ class Encoder:
 
     Args:
         tokenizer: its `eod_id` is added to each document.
-        filters: specs (see `filters`); a document stays if each keeps it; of one that comes in several texts they see
-            the first.
+        filters: specs (see `filters`); a document stays if each keeps it; they see its first `SEEN_CHARACTERS`.
         valid_fraction: expected share of the documents in part 1 (valid), the others are in part 0 (train).
-        seed: of that choice, a hash of (seed, text): equal documents are never on both sides.
+        seed: of that choice, a hash of (seed, the first `SEEN_CHARACTERS`): equal documents are never on both sides.
     """
 
     def __init__(
@@ -62,7 +61,7 @@ class Encoder:
     def digest(self) -> str:
         """Of all that the result depends on."""
         filters = [(spec, code_sha256(spec)) for spec in self.filters]
-        content = repr((self.tokenizer.sha256, filters, self.valid_fraction, self.seed))
+        content = repr((self.tokenizer.sha256, self.tokenizer.backend, filters, self.valid_fraction, self.seed))
         return hashlib.sha256(content.encode()).hexdigest()
 
     @property
@@ -148,13 +147,13 @@ class Encoder:
         return [text for text, reason in zip(kept, reasons, strict=True) if not reason]
 
     def _reason_to_leave_out(self, text: str) -> str | None:
-        return next((item.name for item in self._filters if not item.keeps(text)), None)
+        return next((item.name for item in self._filters if not item.keeps(text[:SEEN_CHARACTERS])), None)
 
     def part_of(self, text: str) -> int:
         """0 (train) or 1 (valid)."""
         if not self.valid_fraction:
             return 0
-        digest = hashlib.blake2b(text.encode(), digest_size=8, key=str(self.seed).encode()).digest()
+        digest = hashlib.blake2b(text[:SEEN_CHARACTERS].encode(), digest_size=8, key=str(self.seed).encode()).digest()
         return int(int.from_bytes(digest, "little") < self.valid_fraction * 2**64)
 
     def _write_documents(self, part: int, texts: list[str], piece: PieceWriter) -> None:

@@ -26,8 +26,11 @@ Rule = Callable[[str], bool]
 LANGUAGE_CHARACTERS = 4000
 """Characters of a document that tell its language."""
 EXTRA = "the filters with names of their own need no more than pip install 'megamup[filters]'"
-LONGEST = TEXT_CHARACTERS // 2
-"""The largest bound of a length: of long documents only the first text is seen, which has more characters than that."""
+SEEN_CHARACTERS = TEXT_CHARACTERS // 2
+"""Of a document, from its start: as much as the first text of every long one has, so that it doesn't matter whether and
+how it was cut."""
+LONGEST = SEEN_CHARACTERS - 1
+"""The largest bound of a length."""
 NEXT_ARGUMENT = re.compile(r",(?=[A-Za-z_]\w*=)")  # other commas are part of a value: [2,3], a{2,3}
 SAMPLE = """It was the best of times, it was the worst of times, and it was the age of wisdom.
 We had everything before us, we had nothing before us, as the noisiest authorities of that period have said."""

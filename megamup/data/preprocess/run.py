@@ -21,7 +21,7 @@ from megamup.data.preprocess.encode import Encoder
 from megamup.data.preprocess.pieces import NAMED_DOCUMENTS, PartInfo, PieceFolder, PieceInfo, piece_key
 from megamup.data.preprocess.worker import encode_lane, write_encoder
 from megamup.data.progress import ByteProgress
-from megamup.data.reading.documents import ReadOptions
+from megamup.data.reading.documents import TEXT_OVERHEAD, ReadOptions
 from megamup.data.reading.sources import Found
 from megamup.data.reading.units import Unit
 from megamup.data.tokenizer import store_tokenizer
@@ -113,7 +113,7 @@ def first_texts(units: Sequence[Unit], options: ReadOptions) -> Iterator[str]:
                 if left <= 0:
                     return
                 yield text[: min(left, SAMPLE_TEXT)]
-                left -= len(text[:SAMPLE_TEXT])
+                left -= len(text[:SAMPLE_TEXT]) + TEXT_OVERHEAD
             break
 
 

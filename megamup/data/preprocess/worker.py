@@ -48,7 +48,7 @@ def encode_lane(encoder_path: Path, options: ReadOptions, unit: Unit, key: str, 
         alive: see `while_alive`.
 
     Raises:
-        MegamupError: a document can't be read or encoded, or a piece not written.
+        MegamupError: a document can't be read or encoded, the input has changed, or a piece isn't written.
     """
     encoder = _load_encoder(encoder_path)
     folder = PieceFolder(encoder_path.parent / "pieces", options.on_error == "skip")
@@ -62,5 +62,7 @@ def encode_lane(encoder_path: Path, options: ReadOptions, unit: Unit, key: str, 
         if wanted(piece):
             with PieceWriter(folder, piece_key(key, piece), encoder.n_parts) as writer:
                 encoder.encode(while_alive(batches, alive), writer)
+                for source in unit.sources:
+                    source.check_unchanged()
     if unit.is_stream:
         folder.mark_stream_end(key, pieces)

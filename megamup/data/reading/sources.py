@@ -39,6 +39,22 @@ class Source:
     """Changes when the content does."""
     shard: int = 0
 
+    def check_unchanged(self) -> None:
+        """Raise MegamupError where a file isn't what it was when it was found; data sets and copies don't change."""
+        if self.format == "hub" or self.name == STANDARD_INPUT:
+            return
+        try:
+            now = _state(os.stat(self.path))
+        except OSError as error:
+            raise MegamupError(f"{self.name}: cannot be read any more: {error.strerror}") from error
+        if now != self.state:
+            raise MegamupError(f"{self.name}: changed while it was read; wait until it is whole, then start again")
+
+
+def _state(status: os.stat_result) -> str:
+    """What changes when a file does. The ctime tells of a replacement that keeps size and mtime (cp -p, rsync -t)."""
+    return f"{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
+
 
 @dataclass
 class Found:
@@ -243,7 +259,7 @@ def _refuse_archive(name: str, detected: Detected) -> None:
 
 def _file(path: str) -> tuple[Source, Detected]:
     detected, status = detect(path, path), os.stat(path)
-    state = f"{status.st_size}:{status.st_mtime_ns}"
+    state = _state(status)
     return Source(path, path, status.st_size, detected.format, detected.compression, state), detected
 
 

@@ -43,6 +43,10 @@ class Unit(Protocol):
         """Bytes on disk that it covers."""
 
     @property
+    def sources(self) -> tuple[Source, ...]:
+        """What it is read from."""
+
+    @property
     def is_stream(self) -> bool:
         """Whether it has any number of pieces, known at the end; otherwise it is one piece."""
 
@@ -161,6 +165,10 @@ class LineRange:
     is_stream = False
 
     @property
+    def sources(self) -> tuple[Source, ...]:
+        return (self.source,)
+
+    @property
     def name(self) -> str:
         return f"{self.source.name} from byte {self.start:,}"
 
@@ -201,6 +209,10 @@ class RowGroups:
     is_stream = False
 
     @property
+    def sources(self) -> tuple[Source, ...]:
+        return (self.source,)
+
+    @property
     def name(self) -> str:
         return f"{self.source.name} from row group {self.first:,}"
 
@@ -220,6 +232,10 @@ class Stream:
 
     source: Source
     is_stream = True
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return (self.source,)
 
     @property
     def name(self) -> str:

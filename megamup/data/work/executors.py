@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
+import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -64,6 +67,10 @@ class Processes:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             return self._pool.submit(function, *arguments)
+        except BrokenProcessPool as error:  # reported where results are
+            future: Future[Result] = Future()
+            future.set_exception(error)
+            return future
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -96,6 +103,7 @@ class RayExecutor:
         self._owned = not ray.is_initialized()
         if self._owned:
             address = os.environ.get("RAY_ADDRESS")
+            _check_reachable(address or "")
             ray.init(
                 address=address,
                 log_to_driver=False,
@@ -125,6 +133,24 @@ class RayExecutor:
 
         self._call.remote(function, *arguments).future().add_done_callback(settle)
         return future
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself waits for minutes where nobody answers.
+
+    Raises:
+        MegamupError: nobody does.
+    """
+    match = re.fullmatch(r"(?:ray://)?(.+):(\d+)", address)
+    if match is None:  # none, or `auto`
+        return
+    try:
+        socket.create_connection((match[1], int(match[2])), timeout=10).close()
+    except OSError as error:
+        raise MegamupError(
+            f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}); start it (ray start --head), or unset "
+            "RAY_ADDRESS for one on this machine"
+        ) from error
 
 
 def _call(function: Callable[..., Result], *arguments: Any) -> Result:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from megamup.data.preprocess.encode import Encoder
+from megamup.data.preprocess.filters import SEEN_CHARACTERS
 from megamup.data.preprocess.pieces import PieceFolder, PieceInfo, PieceWriter
 from megamup.data.reading.documents import Batch
 from megamup.data.tokenizer import ByteTokenizer, Ids, Lengths
@@ -143,3 +144,26 @@ def test_batches_are_read_one_at_a_time(tmp_path: Path) -> None:
     with PieceWriter(PieceFolder(tmp_path), "a", 1) as piece:
         Encoder(ByteTokenizer()).encode(batches(piece), piece)
     assert written == [0, 3, 6]
+
+
+def test_where_a_document_was_cut_has_no_say(tmp_path: Path) -> None:
+    """The same text in one piece or in several: to the same side, and the same verdict of a filter."""
+    text = "".join(f"word{number} " for number in range(90_000))
+    assert len(text) > SEEN_CHARACTERS
+    whole, cut = [Batch([text])], [Batch([text[:SEEN_CHARACTERS]], continues=True), Batch([text[SEEN_CHARACTERS:]])]
+    for seed in range(8):
+        encoder = Encoder(ByteTokenizer(), valid_fraction=0.5, seed=seed)
+        parts = [encode(tmp_path / f"{seed}-{len(batches)}", encoder, batches)[1] for batches in (whole, cut)]
+        assert parts[0] == parts[1]
+    for batches in (whole, cut):
+        encoder = Encoder(ByteTokenizer(), [f"length:max_characters={SEEN_CHARACTERS - 1}"])
+        assert encode(tmp_path / f"{len(batches)}", encoder, batches)[1] == [[]]
+
+
+class Faster(ByteTokenizer):
+    backend = "bytes 2"
+
+
+def test_pieces_of_another_backend_are_others() -> None:
+    """So that --backend reference begins anew where a fast one was found wrong."""
+    assert Encoder(ByteTokenizer()).digest != Encoder(Faster()).digest

@@ -5,19 +5,27 @@ import gzip
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from megamup.data.corpus import Corpus
+from megamup.data.preprocess.encode import Encoder
+from megamup.data.preprocess.worker import encode_lane, write_encoder
 from megamup.data.reading import units
-from megamup.data.tokenizer import load_tokenizer
+from megamup.data.reading.documents import ReadOptions
+from megamup.data.reading.sources import find
+from megamup.data.reading.units import plan_units
+from megamup.data.tokenizer import ByteTokenizer, load_tokenizer
 from megamup.data.work.folder import WorkFolder
+from megamup.data.work.lanes import Lane
+from megamup.errors import MegamupError
 
 Main = Callable[[list[str]], int]
 RunTool = Callable[..., subprocess.CompletedProcess[str]]
@@ -277,6 +285,44 @@ def test_another_tokenizer_is_not_taken_from_earlier_work(
     call = ["--input", str(source), "--output-prefix", str(tmp_path / "out"), "--tokenizer", str(model_path)]
     assert preprocess_main(call) == 0
     assert read_back(tmp_path / "out", str(tmp_path / "out.tokenizer")) == documents
+
+
+def test_killed_while_publishing(
+    preprocess_main: Main, source: Path, tmp_path: Path, documents: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After any number of renames, and even if what was renamed is lost, the same command makes all of it."""
+    call = arguments(source, tmp_path / "out", "--shard-size", "2MB", "--workers", "1")
+    for renames in range(5):
+        done = iter(range(renames))
+
+        def replace(source: str, target: str, done: Iterator[int] = done) -> None:
+            if Path(target).parent == tmp_path and Path(target).suffix in (".bin", ".idx") and next(done, None) is None:
+                raise KeyboardInterrupt
+            os.rename(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", replace)
+            assert preprocess_main(call) == 130
+        assert not (tmp_path / "out.json").exists()
+        assert len(list(tmp_path.glob("out-*"))) == renames
+        for path in list(tmp_path.glob("out-*"))[::2]:
+            path.unlink()
+        assert preprocess_main(call) == 0
+        assert read_back(tmp_path / "out") == documents
+        for path in tmp_path.glob("out[.-]*"):
+            path.unlink() if path.is_file() else shutil.rmtree(path)
+
+
+def test_input_that_changes_while_it_is_read(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "a.jsonl", ["one", "two"])
+    (unit,) = plan_units(find([str(source)]))
+    work = WorkFolder(str(tmp_path / "out"))
+    with work.held(), work.alive() as alive:
+        encoder = write_encoder(Encoder(ByteTokenizer()), work.path)
+        source.write_text(source.read_text().replace("two", "tvo"))
+        with pytest.raises(MegamupError, match=r"a\.jsonl: changed while it was read; wait until it is whole"):
+            encode_lane(encoder, ReadOptions(), unit, "key", Lane(0, 0, 1), alive)
+        assert list((work.path / "pieces").iterdir()) == []
 
 
 def test_the_same_file_twice(preprocess_main: Main, source: Path, tmp_path: Path, documents: list[str]) -> None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megamup.data.permutation import Indices
+from megamup.data.permutation import InBlocks, Indices
 from megamup.data.samples import Row, SampleSource
 from megamup.errors import MegamupError
 
@@ -74,13 +74,14 @@ class Blend:
         self.sources = list(sources)
         self.seq_len = sources[0].seq_len
         self._tree = huffman_tree(exact_weights(weights))
+        self.locate = InBlocks(self._locate)
+        """(source, index in that source) at each of some positions of the stream. Shape (positions,) each."""
 
     def __len__(self) -> int:
         """Samples of all sources together."""
         return sum(map(len, self.sources))
 
-    def locate(self, positions: Indices) -> tuple[Indices, Indices]:
-        """(source, index in that source) at each of `positions` of the stream. Shape (positions,) each."""
+    def _locate(self, positions: Indices) -> tuple[Indices, Indices]:
         which, indices = np.empty_like(positions), np.empty_like(positions)
 
         def descend(node: Node, rows: Indices, counts: Indices) -> None:
@@ -117,7 +118,7 @@ class Blend:
         read_from(self.sources, *self.locate(indices), rows)
 
     def n_targets(self, indices: Indices) -> Indices:
-        return targets_of(self.sources, *self.locate(indices))
+        return np.full_like(indices, self.seq_len)  # samples to train on are whole
 
 
 class Chain:

@@ -5,6 +5,7 @@ Which samples a step sees follows from the record and the corpora alone, so noth
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -21,8 +22,8 @@ from megamup.errors import MegamupError
 
 VERSION = 1
 """Of the order of samples: another order under the same record would be another number."""
-FREE = ("name", "prefix")
-"""What may differ when a run goes on: data may have moved."""
+FREE = ("name", "prefix", "state", "tokenizer_sha256")
+"""What may differ when a run goes on: data may have moved, or got a manifest that tells its tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ def describe(name: str, corpus: Corpus) -> dict[str, Any]:
         "name": name,
         "prefix": os.path.abspath(corpus.prefix),
         "content_hash": corpus.content_hash,
+        "state": corpus.state,
         "tokens": corpus.n_tokens,
         "tokenizer_sha256": corpus.manifest.tokenizer.sha256 if corpus.manifest else None,
     }
@@ -117,6 +119,27 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         if comparable(there) != comparable(here):
             found += source_changes(f"data.{key}", there, here)
     return found
+
+
+def identity(values: dict[str, Any]) -> str:
+    """Of a record without what is free: equal for ranks that read the same, wherever it lies on their machines."""
+    fixed = values | {key: comparable(values[key]) for key in ("train", "valid")}
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
+
+
+def check_files(run_folder: Path, data: RunData) -> None:
+    """Read the corpora of a run again whose files have been touched since they were recorded.
+
+    Raises:
+        MegamupError: one has other content than its manifest says.
+    """
+    values = read_record(run_folder)
+    if values is None:
+        return
+    recorded = {source["state"] for key in ("train", "valid") for source in values[key]}
+    for corpus in [*data.train.corpora, *(data.valid.corpora if data.valid else [])]:
+        if corpus.state not in recorded:
+            corpus.check_content()
 
 
 def comparable(sources: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -166,7 +189,10 @@ def open_recorded(run_folder: Path, values: dict[str, Any], config: Config) -> T
     """The training data of a run as it was recorded, checked to be the same."""
     cache = None if config.data.cache is None else Path(config.data.cache)
     for source in values["train"]:
-        found = Corpus(source["prefix"], cache).content_hash
+        corpus = Corpus(source["prefix"], cache)
+        found = corpus.content_hash
+        if found == source["content_hash"] and corpus.state != source["state"]:
+            corpus.check_content()
         if found != source["content_hash"]:
             raise MegamupError(
                 f"{source['prefix']!r}: content hash {found}, but {run_folder} read {source['content_hash']}: the "

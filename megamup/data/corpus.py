@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from bisect import bisect_right
 from collections.abc import Iterator
 from itertools import accumulate
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megamup.data.cache import cached_content_hash
+from megamup.data.cache import cached_content_hash, cached_sha256
 from megamup.data.manifest import Manifest, ShardEntry, sample_sha256
 from megamup.data.shards import Lengths, Shard, missing_hint, shard_path
 from megamup.data.tokenizer import Ids
@@ -31,7 +32,6 @@ class Corpus:
 
     def __init__(self, prefix: str, cache: Path | None = None) -> None:
         self.prefix = prefix
-        self.name = Path(prefix).name
         self._cache = cache
         self.manifest, self.shards = open_shards(prefix)
         self.dtype = self.shards[0].dtype
@@ -50,10 +50,38 @@ class Corpus:
 
     @property
     def content_hash(self) -> str:
-        """Hex SHA-256 of ids and document lengths, whatever the path; without a manifest all is read, once."""
+        """Hex SHA-256 of the shards' files, whatever their path; without a manifest all is read, once."""
         if self.manifest:
             return self.manifest.content_hash
         return cached_content_hash(self.shards[0].bin_path, self.shards[0].idx_path, self._cache)
+
+    @property
+    def files(self) -> list[Path]:
+        """Of all shards, .bin and .idx in turn."""
+        return [path for shard in self.shards for path in (shard.bin_path, shard.idx_path)]
+
+    @property
+    def state(self) -> str:
+        """Changes when a file is written to or replaced, though the content may be the same."""
+        status = [path.stat() for path in self.files]
+        times = [(found.st_size, found.st_mtime_ns, found.st_ctime_ns) for found in status]
+        return hashlib.sha256(repr(times).encode()).hexdigest()
+
+    def check_content(self) -> None:
+        """Compare all files with the hashes of the manifest; each state of a file is read once, then remembered.
+
+        Raises:
+            MegamupError: one is another.
+        """
+        entries = self.manifest.shards if self.manifest else ()
+        expected = [hashed for entry in entries for hashed in (entry.bin_sha256, entry.idx_sha256)]
+        for path, hashed in zip(self.files, expected, strict=False):
+            found = cached_sha256(path, self._cache)
+            if found != hashed:
+                raise MegamupError(
+                    f"{path}: SHA-256 {found}, its manifest says {hashed}: changed since it was written; restore it, "
+                    "or write the corpus again"
+                )
 
     def tokens(self, start: int, stop: int) -> Ids:
         """Ids `start` to before `stop` of the stream. Shape (stop - start,), read-only where it lies in one shard."""
@@ -133,8 +161,8 @@ def _check_entry(path: Path, manifest: Manifest, entry: ShardEntry, shard: Shard
             f"{entry.name!r}, which holds {len(shard):,} and {shard.n_tokens:,} ({shard.dtype.name}): "
             "it belongs to another shard; write the corpus again"
         )
-    if sample_sha256(shard.bin_path) != entry.sample_sha256:
+    if sample_sha256(shard.bin_path, shard.idx_path) != entry.sample_sha256:
         raise MegamupError(
-            f"{shard.bin_path}: its tokens are others than those that {path} was written for: the file was changed or "
-            "replaced, or is damaged; restore it, or write the corpus again (tools/shards.py verify says more)"
+            f"{shard.bin_path}: it or its index is another than {path} was written for: changed, replaced or damaged; "
+            "restore it, or write the corpus again (tools/shards.py verify says more)"
         )

@@ -47,7 +47,7 @@ class ShardEntry:
     bin_sha256: str
     idx_sha256: str
     sample_sha256: str
-    """Of `SAMPLES` blocks spread over the .bin: a check that is cheap enough for every opening."""
+    """Of `SAMPLES` blocks spread over each file: a check that is cheap enough for every opening."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ class Manifest:
 
     @property
     def content_hash(self) -> str:
-        """Of the documents' ids and lengths, from the files' hashes; names and paths have no part in it."""
+        """Of the shards' files, in order; names and paths have no part in it. The same documents in other shards
+        have another."""
         digest = hashlib.sha256()
         for shard in self.shards:
             digest.update(bytes.fromhex(shard.bin_sha256) + bytes.fromhex(shard.idx_sha256))
@@ -110,19 +111,21 @@ def _check_names(manifest: Manifest) -> None:
         raise ValueError("no shards")
 
 
-def sample_sha256(path: Path) -> str:
-    """SHA-256 of a file's size and of `SAMPLES` blocks spread evenly from its start to its end.
+def sample_sha256(*paths: Path) -> str:
+    """SHA-256 of files' sizes and of `SAMPLES` blocks of each, spread evenly from its start to its end.
 
     Raises:
-        OSError: the file can't be read.
+        OSError: a file can't be read.
     """
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    last = max(size - SAMPLE_BYTES, 0)
-    with open(path, "rb", buffering=0) as file:
-        for place in range(SAMPLES):
-            file.seek(last * place // (SAMPLES - 1))
-            digest.update(file.read(SAMPLE_BYTES))
+    digest = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        digest.update(str(size).encode())
+        last = max(size - SAMPLE_BYTES, 0)
+        with open(path, "rb", buffering=0) as file:
+            for place in range(SAMPLES):
+                file.seek(last * place // (SAMPLES - 1))
+                digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megamup.data.corpus import Corpus
-from megamup.data.permutation import Indices, Permutation
+from megamup.data.permutation import InBlocks, Indices, Permutation
 from megamup.data.tokenizer import Ids
 from megamup.errors import MegamupError
 
@@ -69,17 +69,18 @@ class PackedSamples:
         if self._used == 0:
             raise MegamupError(
                 f"corpus {corpus.prefix!r}: fraction={fraction} of its {self._all:,} samples of data.seq_len={seq_len} "
-                f"is less than one; expected at least {1 / self._all:.2g}"
+                f"is less than one; expected at least {math.ceil(1e6 / self._all) / 1e6:g}"
             )
         check_vocabulary(corpus, vocab_size)
         self._content = corpus.content_hash
         self._subset = Permutation(self._all, repr(("fraction", self._content)))
+        self.locate = InBlocks(self._locate)
+        """(epoch, sample of the corpus) at each of some indices. Shape (indices,) each."""
 
     def __len__(self) -> int:
         return self._used
 
-    def locate(self, indices: Indices) -> tuple[Indices, Indices]:
-        """(epoch, sample of the corpus) at each of `indices`. Shape (indices,) each."""
+    def _locate(self, indices: Indices) -> tuple[Indices, Indices]:
         epochs, places = np.divmod(indices, self._used)
         samples = np.empty_like(places)
         for epoch in np.unique(epochs).tolist():

@@ -89,7 +89,7 @@ class StagedShard:
             tokens=self.tokens,
             bin_sha256=written,
             idx_sha256=file_sha256(self.idx_path),
-            sample_sha256=sample_sha256(self.bin_path),
+            sample_sha256=sample_sha256(self.bin_path, self.idx_path),
         )
 
     def _read_lengths(self) -> Iterator[Lengths]:

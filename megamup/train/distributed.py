@@ -79,3 +79,12 @@ def join() -> torch.device:
     if not dist.is_initialized():
         deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
     return torch.device("cuda", local_rank()) if cuda else torch.device("cpu")
+
+
+def all_equal(digest: str, device: torch.device) -> bool:
+    """Whether all ranks have the same hex digest. Collective."""
+    mine = torch.tensor([int(digest[:15], 16)], dtype=torch.int64, device=device)
+    lowest, highest = mine.clone(), mine.clone()
+    dist.all_reduce(lowest, dist.ReduceOp.MIN)
+    dist.all_reduce(highest, dist.ReduceOp.MAX)
+    return bool(lowest == highest)

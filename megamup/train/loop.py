@@ -55,8 +55,9 @@ def train(config: Config) -> dict[str, float]:
     world_size = distributed.world_size()
     micro_batches(config, world_size)
     table(config)
-    data = consumed.record(config, open_run_data(config))
-    resumed = run_folder.resume_point(config, world_size, data)
+    data = open_run_data(config)
+    resumed = run_folder.resume_point(config, world_size, consumed.record(config, data))
+    consumed.check_files(config.run.folder, data)
     if resumed is not None and resumed[0] >= config.train.steps:
         return already_done(config, resumed[1])
     run = start(config, world_size, resumed)
@@ -164,6 +165,12 @@ def start(config: Config, world_size: int, resumed: tuple[int, Path] | None) -> 
     device = distributed.join()
     mesh = build_mesh(config.parallel.tensor, config.parallel.pipeline)
     data = open_run_data(config)
+    identity = consumed.identity(consumed.record(config, data))
+    if not distributed.all_equal(identity, device):
+        raise OneRankError(
+            f"ranks read different data (here {identity[:12]}, of what data.train and data.valid hold): copy the "
+            "same corpora to every machine"
+        )
     train_data, valid_data = batch_streams(data, config, mesh.data.rank, world_size)
     engine = build_engine(config, mesh, world_size)
     peak = peak_flops(config, device)

@@ -118,7 +118,7 @@ def test_a_blend_reads_from_its_sources() -> None:
     which, indices = blend.locate(np.arange(20))
     batch = collate(blend, np.arange(20))
     assert batch.window.tolist() == [[w, i, i, i] for w, i in zip(which.tolist(), indices.tolist(), strict=True)]
-    assert batch.n_targets.tolist() == which.tolist()
+    assert batch.n_targets.tolist() == [blend.seq_len] * len(which)  # samples to train on are whole
 
 
 def test_weights_are_the_decimals_that_were_written() -> None:

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,10 +10,11 @@ import pytest
 
 from megamup.config import Config, config_from, dump_config
 from megamup.data import consumed
-from megamup.data.consumed import changes, documents_of_step, read_record, record
+from megamup.data.consumed import changes, check_files, documents_of_step, identity, read_record, record
 from megamup.data.corpus import Corpus
 from megamup.data.loader import BatchStream
 from megamup.data.mixture import open_run_data
+from megamup.data.writer import write_corpus
 from megamup.errors import MegamupError
 from megamup.files import write_json_atomic, write_text_atomic
 
@@ -102,6 +104,59 @@ def test_another_corpus_at_the_place_is_refused(config: Config, make_corpus: Mak
         documents_of_step(config.run.folder, 1)
 
 
+def test_tokens_that_changed_where_opening_does_not_look_are_noticed(tmp_path: Path) -> None:
+    """Of the same counts, size and manifest: files that were touched are read again before a run goes on with them."""
+    write_corpus(str(tmp_path / "big"), [[number % 1000 for number in range(60_000)]], 1000, 999)
+    model = {"arch": "gpt", "d_model": 8, "n_layers": 1, "n_heads": 1, "vocab_size": 1000, "max_seq_len": 10}
+    values = {"data": {"train": str(tmp_path / "big"), "cache": str(tmp_path / "cache")}, "train": {"steps": 20}}
+    config = config_from({"model": model, **values, "run": {"dir": str(tmp_path), "name": "run"}})
+    write_run(config)
+    check_files(config.run.folder, open_run_data(config))
+    os.utime(tmp_path / "big.bin")  # touched, but the same
+    check_files(config.run.folder, open_run_data(config))
+    assert documents_of_step(config.run.folder, 1)
+    with open(tmp_path / "big.bin", "r+b") as file:
+        file.seek(40_000)
+        file.write(b"\1\0" * 100)
+    with pytest.raises(MegamupError, match=r"big\.bin: SHA-256 .*, its manifest says .*: changed since it was written"):
+        check_files(config.run.folder, open_run_data(config))
+    with pytest.raises(MegamupError, match=r"big\.bin: SHA-256"):
+        documents_of_step(config.run.folder, 1)
+
+
+def test_ranks_that_read_the_same_are_told_so(config: Config, tmp_path: Path, make_corpus: MakeCorpus) -> None:
+    """Wherever it lies; and other content, order or shares are told apart."""
+    values = write_run(config)
+    moved = json.loads(json.dumps(values))
+    for source in moved["train"]:
+        source |= {"prefix": "/elsewhere", "state": "touched"}
+    assert identity(moved) == identity(values)
+    for change in ({"seed": 1}, {"train": values["train"][:1]}, {"global_sequences": 7}):
+        assert identity(values | change) != identity(values)
+
+
+def test_which_as_its_user_starts_it(
+    config: Config, shards_main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(config)
+    call = ["which", "--run", str(config.run.folder), "--step"]
+    assert shards_main([*call, "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"step 3 of {config.run.folder}: 6 sequences"
+    samples = documents_of_step(config.run.folder, 3)
+    told = [line for line in lines if ", epoch " in line]
+    for line, sample in zip(told, samples, strict=True):
+        assert f"{sample.source}, epoch {sample.epoch}, sample {sample.index}, tokens {sample.start} to" in line
+    parts = [line.strip() for line in lines if "document" in line]
+    assert parts == [
+        f"document {part.document}, its tokens {part.start} to {part.stop}"
+        for sample in samples
+        for part in sample.parts
+    ]
+    assert shards_main([*call, "99"]) == 2
+    assert "expected 1 to train.steps=20" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("step", [0, 21, -3])
 def test_steps_that_are_none(config: Config, step: int) -> None:
     write_run(config)
@@ -146,6 +201,7 @@ def test_the_record_holds_what_determines_the_order(config: Config, corpora: dic
         "name": "code",
         "prefix": corpora["code"].prefix,
         "content_hash": manifest.content_hash,
+        "state": corpora["code"].state,
         "tokens": 300,
         "tokenizer_sha256": manifest.tokenizer.sha256,
         "samples": 14,

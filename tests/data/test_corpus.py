@@ -95,7 +95,7 @@ def test_a_replaced_shard_is_noticed_at_opening(tmp_path: Path, documents: list[
     write_corpus(str(tmp_path / "c"), documents, 1001, 1000)
     path = tmp_path / "c.bin"
     path.write_bytes(path.read_bytes()[::-1])
-    with pytest.raises(MegamupError, match=r"c\.bin: its tokens are others than those that .*c\.json was written for"):
+    with pytest.raises(MegamupError, match=r"c\.bin: it or its index is another than .*c\.json was written for"):
         Corpus(str(tmp_path / "c"))
 
 

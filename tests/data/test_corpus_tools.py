@@ -78,7 +78,7 @@ def test_verify_finds_a_bit_that_opening_does_not_look_at(
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda prefix: flip_bit(Path(f"{prefix}-00000.idx"), 34), "c-00000.idx: sequence 1 doesn't start where"),
+        (lambda prefix: flip_bit(Path(f"{prefix}-00000.idx"), 34), "c-00000.bin: it or its index is another than"),
         (lambda prefix: Path(f"{prefix}-00001.bin").unlink(), "no file"),
         (lambda prefix: Path(f"{prefix}-00001.bin").write_bytes(b"ab"), "c-00001.bin: cut short"),
         (lambda prefix: shutil.rmtree(f"{prefix}.tokenizer"), "c.tokenizer: missing: the tokenizer of"),

@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from megamup.data.permutation import Permutation
+from megamup.data.permutation import BLOCK, InBlocks, Indices, Permutation
 
 MASK = (1 << 64) - 1
 
@@ -72,3 +72,23 @@ def test_it_stays_what_it_was() -> None:
     """Runs that began with another order could not be resumed."""
     assert Permutation(100, "key")(np.array([0, 1, 2, 99])).tolist() == [63, 88, 80, 66]
     assert Permutation(10**12, "key")(np.array([0, 10**11])).tolist() == [39045978313, 655315563784]
+
+
+def test_in_blocks_is_the_function_itself() -> None:
+    """Whatever is asked for in one call, and however often a block is computed."""
+    calls: list[int] = []
+
+    def function(positions: Indices) -> tuple[Indices, Indices]:
+        calls.append(len(positions))
+        return positions**2, -positions
+
+    remembered = InBlocks(function)
+    rng = np.random.default_rng(0)
+    for positions in (np.arange(10), np.arange(BLOCK - 3, BLOCK + 3), rng.integers(0, 20 * BLOCK, 1000), np.arange(0)):
+        squares, negatives = remembered(positions)
+        assert squares.tolist() == (positions**2).tolist()
+        assert negatives.tolist() == (-positions).tolist()
+    calls.clear()
+    for step in range(100):
+        remembered(np.arange(8) + 8 * step)
+    assert len(calls) <= 1

@@ -92,7 +92,7 @@ def test_nothing_grows_with_the_corpus() -> None:
     samples = PackedSamples(corpus, 10, 1, 1004, fraction=0.5)
     tracemalloc.start()
     epochs, found = samples.locate(np.array([0, 10**11, 5 * 10**11, 10**15]))
-    assert tracemalloc.get_traced_memory()[1] < 100_000
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000  # a few blocks of positions
     tracemalloc.stop()
     assert epochs.tolist() == [0, 0, 1, 2000]
     assert len(set(found.tolist())) == 4

@@ -11,10 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from megamup.data.cache import cached_content_hash, cached_sha256
-from megamup.data.manifest import Manifest, ShardEntry, sample_sha256
+from megamup.data.manifest import SAMPLES, Manifest, ShardEntry, sample_sha256
 from megamup.data.shards import Lengths, Shard, missing_hint, shard_path
 from megamup.data.tokenizer import Ids
 from megamup.errors import MegamupError
+
+SAMPLE_TOKENS = 1024
+"""Tokens of each sample of the stream."""
 
 
 class Corpus:
@@ -54,6 +57,16 @@ class Corpus:
         if self.manifest:
             return self.manifest.content_hash
         return cached_content_hash(self.shards[0].bin_path, self.shards[0].idx_path, self._cache)
+
+    @property
+    def stream_sample(self) -> str:
+        """Hash of the counts and of tokens spread over the stream: the same for the same documents in other shards."""
+        digest = hashlib.sha256(repr((len(self), self.n_tokens)).encode())
+        last = max(self.n_tokens - SAMPLE_TOKENS, 0)
+        for place in range(SAMPLES):
+            start = last * place // (SAMPLES - 1)
+            digest.update(self.tokens(start, min(start + SAMPLE_TOKENS, self.n_tokens)).astype("<i8").tobytes())
+        return digest.hexdigest()
 
     @property
     def files(self) -> list[Path]:

@@ -131,12 +131,12 @@ class ValidData:
 
     def summary(self, train: Iterable[Corpus]) -> list[str]:
         """A line a corpus, which tells if it is trained on."""
-        seen = {corpus.content_hash for corpus in train}
+        seen = {corpus.stream_sample for corpus in train}
         return [
             f"data.valid {name}: {corpus.n_tokens:,} tokens"
             + (
                 "; warning: trained on, so that its loss says nothing of new text"
-                if corpus.content_hash in seen
+                if corpus.stream_sample in seen
                 else ""
             )
             for name, corpus in zip(self.names, self.corpora, strict=True)
@@ -179,7 +179,7 @@ def check_different(key: str, corpora: Sequence[Corpus]) -> None:
     """Twice the same content would be read in the same order, each sample twice in a row."""
     seen: dict[str, Corpus] = {}
     for corpus in corpora:
-        other = seen.setdefault(corpus.content_hash, corpus)
+        other = seen.setdefault(corpus.stream_sample, corpus)
         if other is not corpus:
             raise MegamupError(
                 f"{key}: {other.prefix!r} and {corpus.prefix!r} hold the same tokens; expected each corpus once: leave "

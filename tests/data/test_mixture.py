@@ -8,7 +8,7 @@ from megamup.config import Config, config_from
 from megamup.data.collate import collate
 from megamup.data.corpus import Corpus
 from megamup.data.manifest import TokenizerEntry
-from megamup.data.mixture import TrainData, Wanted, open_run_data, unique_names
+from megamup.data.mixture import TrainData, ValidData, Wanted, open_run_data, unique_names
 from megamup.errors import MegamupError
 
 MakeCorpus = Callable[..., Corpus]
@@ -43,7 +43,7 @@ def test_neither_paths_nor_the_order_of_the_list_have_a_say(make_corpus: MakeCor
     texts = [list(range(150)), list(range(50, 250)), list(range(100, 201))]
     weights, fractions = [1, 1, 0.5], [1, 0.5, 1]
     here = [make_corpus([text], name=f"here/{n}").prefix for n, text in enumerate(texts)]
-    there = [make_corpus([text], name=f"there/{9 - n}", shard_bytes=90).prefix for n, text in enumerate(texts)]
+    there = [make_corpus([text], name=f"there/{9 - n}").prefix for n, text in enumerate(texts)]
     first = opened(*map(Wanted, here, weights, fractions))
     second = opened(*map(Wanted, there[::-1], weights[::-1], fractions[::-1]))
     windows = [collate(data.stream, np.arange(300)).window for data in (first, second)]
@@ -159,3 +159,16 @@ def test_config_that_makes_no_sense(data: dict[str, object], message: str) -> No
 )
 def test_names_tell_sources_apart(prefixes: list[str], names: list[str]) -> None:
     assert unique_names(prefixes) == names
+
+
+def test_the_same_documents_in_other_shards_are_the_same(make_corpus: MakeCorpus) -> None:
+    """As after `tools/shards.py split`: neither read twice, nor held out without a word."""
+    documents = [list(range(start, start + 10)) for start in range(0, 900, 10)]
+    whole, cut = make_corpus(documents, 1004, name="whole"), make_corpus(documents, 1004, name="cut", shard_bytes=300)
+    assert len(cut.shards) > 3
+    with pytest.raises(MegamupError, match=r"'.*whole' and '.*cut' hold the same tokens"):
+        opened(Wanted(whole.prefix), Wanted(cut.prefix))
+    valid = ValidData([cut.prefix], seq_len=10, vocab_size=1004)
+    assert "warning: trained on" in valid.summary([whole])[0]
+    other = make_corpus([*documents[:-1], [1] * 10], 1004, name="other")
+    assert "warning" not in valid.summary([other])[0]

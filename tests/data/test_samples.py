@@ -34,7 +34,7 @@ def test_sample_is_contiguous_and_overlaps_by_one(counting_corpus: Corpus) -> No
 
 
 def test_order_is_a_function_of_seed_content_and_index(make_corpus: MakeCorpus) -> None:
-    """Shards and paths have no say, other content has; how many are asked for at a time hasn't."""
+    """Paths and a manifest have no say, other content has; how many are asked for at a time hasn't."""
     tokens = list(range(1003))
 
     def order(seed: int, *tokens_of: list[int], **options: Any) -> list[int]:

@@ -229,7 +229,8 @@ class Data(Section):
     prefetch: Positive = 2
     """Steps that are read ahead of training."""
     cache: str | None = None
-    """Folder for the hashes of corpora without a manifest; default ``megamup`` in the user's cache folder."""
+    """Folder for the hashes of corpora without a manifest, and of files that were touched; default ``megamup`` in the
+    user's cache folder."""
 
     @property
     def train_sources(self) -> tuple[Source, ...]:

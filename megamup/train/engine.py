@@ -65,8 +65,8 @@ def weigh(batches: Sequence[TensorBatch], data: Axis, device: torch.device) -> t
     """Turn a rank's share of a global batch into weighted micro batches on its device.
 
     The weights make averaging over micro batches and data ranks (which is what DeepSpeed does to gradients) give the
-    sum of losses / number of targets of the global batch. Collective over the data axis. Nothing here waits for the
-    device: copies out of pinned memory run beside whatever else it does.
+    sum of losses / number of targets of the global batch. Collective over the data axis. Copies out of
+    pinned memory run beside whatever else the device does; a mask, where there is padding, isn't pinned.
 
     Returns:
         The micro batches, and the number of targets of the global batch (int64, one number).

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megamup.config import dump_config, load_config
+from megamup.config import Config, dump_config, load_config
 from megamup.data.consumed import documents_of_step
 from megamup.data.corpus import Corpus
 from megamup.data.loader import TensorBatch
@@ -226,3 +228,20 @@ def test_clipped_gradients_have_the_norm_asked_for() -> None:
     assert tight.norm == pytest.approx(expected), "a norm below the limit changes nothing, and is reported unclipped"
     clipped = torch.cat([shard.grad for shard in shards if shard.grad is not None])
     assert float(clipped.norm()) == pytest.approx(0.5, rel=1e-5)
+
+
+def train_as_this_rank(configs: list[Config]) -> dict[str, float]:
+    return train(configs[int(os.environ["RANK"])])
+
+
+def test_machines_that_hold_other_data_are_told_apart(make_config: Any, tmp_path: Path) -> None:
+    """A corpus that is old on one machine: refused by every rank, where training would go on with a wrong loss."""
+    moved_data = f"data.train={tmp_path}/copy/train"
+    config, moved = make_config(), make_config(moved_data)
+    (tmp_path / "copy").mkdir()
+    for path in Path(str(config.data.train)).parent.glob("train.*"):
+        shutil.copy(path, tmp_path / "copy")
+    assert run_ranks(train_as_this_rank, 2, [config, moved])[0]["step"] == 20  # the same, elsewhere
+    write_corpus(f"{tmp_path}/copy/train", [[1, 2, 3] * 1000], 256, 0)
+    with pytest.raises(MegamupError, match=r"ranks read different data .*copy the same corpora to every machine"):
+        run_ranks(train_as_this_rank, 2, [make_config("run.name=b"), make_config(moved_data, "run.name=b")])

@@ -156,17 +156,23 @@ def _whole(source: Source, reader: Reader) -> Iterator[Batch]:
 
 
 @dataclass(frozen=True)
-class LineRange:
-    """The lines of a plain file that start in a range of its bytes."""
+class OfSource:
+    """What units of one source share."""
 
     source: Source
-    start: int
-    stop: int
-    is_stream = False
 
     @property
     def sources(self) -> tuple[Source, ...]:
         return (self.source,)
+
+
+@dataclass(frozen=True)
+class LineRange(OfSource):
+    """The lines of a plain file that start in a range of its bytes."""
+
+    start: int
+    stop: int
+    is_stream = False
 
     @property
     def name(self) -> str:
@@ -199,18 +205,13 @@ class LineRange:
 
 
 @dataclass(frozen=True)
-class RowGroups:
+class RowGroups(OfSource):
     """Some row groups of a parquet file."""
 
-    source: Source
     first: int
     stop: int
     source_bytes: int
     is_stream = False
-
-    @property
-    def sources(self) -> tuple[Source, ...]:
-        return (self.source,)
 
     @property
     def name(self) -> str:
@@ -227,15 +228,10 @@ class RowGroups:
 
 
 @dataclass(frozen=True)
-class Stream:
+class Stream(OfSource):
     """A source that can only be read from its start."""
 
-    source: Source
     is_stream = True
-
-    @property
-    def sources(self) -> tuple[Source, ...]:
-        return (self.source,)
 
     @property
     def name(self) -> str:

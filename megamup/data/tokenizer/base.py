@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import importlib.metadata
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, Protocol
@@ -69,7 +70,7 @@ class FastBackendError(Exception):
     """gigatoken can't take a tokenizer, or gives other ids than its reference; says why."""
 
 
-class FileTokenizer:
+class FileTokenizer(ABC):
     """A tokenizer that a few files and an end-of-document token define.
 
     Args:
@@ -99,11 +100,11 @@ class FileTokenizer:
     def encode(self, text: str) -> Ids:
         return self.encode_batch([text])[0]
 
-    def encode_batch(self, texts: list[str]) -> tuple[Ids, Lengths]:
-        raise NotImplementedError
+    @abstractmethod
+    def encode_batch(self, texts: list[str]) -> tuple[Ids, Lengths]: ...
 
-    def decode(self, ids: Ids) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def decode(self, ids: Ids) -> str: ...
 
     def files(self) -> dict[str, bytes]:
         about = {"kind": self.kind, "name": self.name, "eod": self.eod, "sha256": self.sha256}
@@ -114,13 +115,13 @@ class FileTokenizer:
         """Texts that the tokenizer treats in a way of their own: special tokens, added tokens."""
         return [self.eod]
 
+    @abstractmethod
     def gigatoken(self) -> Any:
         """A `gigatoken.Tokenizer` that should give the same ids.
 
         Raises:
             FastBackendError: there is none; other exceptions are gigatoken's own refusals.
         """
-        raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_processor"}

@@ -26,7 +26,7 @@ setup(
         "megamup": ["py.typed"],
         "megamup.ds_configs": ["*.json"],
         "megamup.launch": ["*.sbatch"],
-        "megamup.configs": ["*.yaml", "studies/*.yaml", "studies/mup/*.yaml"],
+        "megamup.configs": ["*.yaml", "clusters/*.yaml", "studies/*.yaml", "studies/mup/*.yaml"],
     },
     entry_points={"console_scripts": ["megamup = megamup.cli:main"]},
     install_requires=[

@@ -6,13 +6,15 @@ none: it is measured (megamup/train/metrics.py) and labelled so, never taken fro
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Literal
 
-from megamup.parameters import count
+from megamup.errors import MegamupError
+from megamup.parameters import count, parameters
 from megamup.sections import Model
 
-Convention = Literal["6N", "palm", "chinchilla"]
+Convention = Literal["6N", "palm", "chinchilla", "chinchilla_non_embedding"]
 
 # Dense bf16 peaks in FLOP/s from the vendors' data sheets, without sparsity, by a part of the device's name that
 # distinguishes it; the first that fits counts. fp32 without tensor cores is not listed: it is measured.
@@ -28,9 +30,22 @@ BF16_PEAKS = {
 }
 
 
+def training_flops(parameters: float, tokens: float) -> float:
+    """C = 6·N·D, forward and backward (Kaplan et al. 2020, section 2.1); N as the caller counts it.
+
+    Raises:
+        MegamupError: a number that isn't finite and above 0.
+    """
+    for name, value in (("parameters", parameters), ("tokens", tokens)):
+        if not 0 < value < math.inf:
+            raise MegamupError(f"{name}: {value!r} is no amount; expected a finite number above 0")
+    return 6.0 * parameters * tokens
+
+
 def matmul_parameters(model: Model) -> int:
-    """Parameters that a token is multiplied with: all but the lookup tables, the (tied) readout counted once."""
-    return count(model)["non_embedding"] + model.vocab_size * model.d_model
+    """Parameters that a token is multiplied with: all but lookup tables and biases; the (tied) readout counts once."""
+    biases = sum(parameter.size for parameter in parameters(model).values() if parameter.role == "bias")
+    return count(model)["non_embedding"] - biases + model.vocab_size * model.d_model
 
 
 def flops_per_token(model: Model, seq_len: int, convention: Convention) -> float:
@@ -38,9 +53,11 @@ def flops_per_token(model: Model, seq_len: int, convention: Convention) -> float
 
     ``6N``: 6·N with N the non-embedding parameters (Kaplan et al. 2020, section 2.1: no attention scores, no
     readout, no lookup). ``palm``: 6·N + 12·L·H·Q·T with N all parameters that a token is multiplied with, readout
-    included (Chowdhery et al. 2022, appendix B; the scores counted without the causal half). ``chinchilla``:
-    every matrix product, the softmax and the embedding as a one-hot product (Hoffmann et al. 2022, appendix F;
-    here with the true numbers of key-value heads and of matrices in the MLP); backward twice the forward.
+    included (Chowdhery et al. 2022, appendix B; the scores counted without the causal half; biases, which that model
+    doesn't have, are added and not multiplied). ``chinchilla``: every matrix product, the softmax and the embedding
+    as a one-hot product (Hoffmann et al. 2022, appendix F; here with the true numbers of key-value heads and of
+    matrices in the MLP); backward twice the forward. ``chinchilla_non_embedding``: the same without embedding and
+    logits, which is what that appendix's table A4 was computed with, whatever its text says.
     """
     if convention == "6N":
         return 6.0 * count(model)["non_embedding"]
@@ -48,13 +65,13 @@ def flops_per_token(model: Model, seq_len: int, convention: Convention) -> float
         scores = 12.0 * model.n_layers * model.n_heads * model.d_head * seq_len
         return 6.0 * matmul_parameters(model) + scores
     d, heads, kv_heads = model.d_model, model.n_heads * model.d_head, model.n_kv_heads * model.d_head
-    embedding = 2.0 * model.vocab_size * d
     qkv = 2.0 * d * (heads + 2 * kv_heads)
     attention = 2.0 * seq_len * heads + 3.0 * model.n_heads * seq_len + 2.0 * seq_len * heads  # QKᵀ, softmax, ·V
     output = 2.0 * heads * d
     mlp = 2.0 * (2 if model.arch == "gpt" else 3) * d * model.d_ff
-    logits = 2.0 * d * model.vocab_size
-    return 3.0 * (embedding + model.n_layers * (qkv + attention + output + mlp) + logits)
+    blocks = model.n_layers * (qkv + attention + output + mlp)
+    embedding = logits = 2.0 * model.vocab_size * d if convention == "chinchilla" else 0.0
+    return 3.0 * (embedding + blocks + logits)
 
 
 def known_peak(device_name: str, precision: str) -> float | None:

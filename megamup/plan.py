@@ -101,7 +101,7 @@ def plan_lines(config: Config, world_size: int) -> Iterator[str]:
     yield f"base parameters   {base['total']:,} ({base['non_embedding']:,})"
     yield f"tokens            {found['tokens']:,} = {config.train.steps:,} steps x {found['batch_tokens']:,}"
     for name, flops in found["flops_per_token"].items():
-        yield f"FLOPs {name:<11} {flops:.4g} a token, {flops * found['tokens']:.4g} in all"
+        yield f"FLOPs {name:<24} {flops:.4g} a token, {flops * found['tokens']:.4g} in all"
     state = found["state_bytes_per_rank"]
     parts = ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in state.items())
     yield f"state per rank    {sum(state.values()) / 2**20:,.1f} MiB ({parts}), without activations"

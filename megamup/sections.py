@@ -298,7 +298,7 @@ class Train(Section):
     """Steps between checkpoints; 0: none. Otherwise the last step is saved too."""
     monitor_every: NonNegative = 100
     """Steps between measurements of what μP keeps (updates, logits, activations; megamup/train/monitor.py); 0: none."""
-    flops_convention: Literal["6N", "palm", "chinchilla"] = "palm"
+    flops_convention: Literal["6N", "palm", "chinchilla", "chinchilla_non_embedding"] = "palm"
     """How ``flops`` in metrics.jsonl counts (see megamup/flops.py). MFU is always PaLM's."""
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megamup.flops import flops_per_token, known_peak, mfu_percent
+from megamup.errors import MegamupError
+from megamup.flops import flops_per_token, known_peak, matmul_parameters, mfu_percent, training_flops
 from megamup.parameters import count
 from megamup.sections import Model
 
@@ -30,6 +31,85 @@ def test_palm_540b_published() -> None:
     """Chowdhery et al. 2022, table 3 and appendix B: 540.35B parameters, 238.3K tokens/s on 6144 TPU v4, MFU 46.2%."""
     assert count(PALM)["total"] == pytest.approx(540.35e9, rel=1e-4)
     assert mfu_percent(238_300, PALM, 2048, 6144 * TPU_V4) == pytest.approx(46.2, abs=0.05)
+
+
+GPT2 = Model(arch="gpt", d_model=768, n_layers=12, n_heads=12, vocab_size=50257, max_seq_len=1024)
+GPT3 = Model(arch="gpt", d_model=12288, n_layers=96, n_heads=96, vocab_size=50257, max_seq_len=2048)
+LLAMA3 = Model(
+    arch="llama",
+    d_model=16384,
+    n_layers=126,
+    n_heads=128,
+    n_kv_heads=8,
+    d_ff=53248,
+    vocab_size=128_256,
+    max_seq_len=8192,
+)
+
+
+def test_gpt3_175b_published() -> None:
+    """Brown et al. 2020, table D.1: 174,600M parameters on 300B tokens are 3.14e23 FLOPs."""
+    assert round(count(GPT3)["total"] / 1e6) == 174_604
+    assert f"{training_flops(174_600e6, 300e9):.3g}" == "3.14e+23"
+    assert f"{training_flops(count(GPT3)['total'], 300e9):.3g}" == "3.14e+23"
+    # Without the tables of tokens and positions 0.4% less; with the scores that the table leaves out 2.8% more.
+    assert 300e9 * flops_per_token(GPT3, 2048, "6N") == pytest.approx(3.14e23, rel=0.004)
+    assert 300e9 * flops_per_token(GPT3, 2048, "palm") == pytest.approx(1.028 * 3.14e23, rel=0.002)
+
+
+def test_llama3_405b_published() -> None:
+    """Llama team 2024, section 3.2.1: 3.8e25 FLOPs for 15.6T tokens."""
+    assert f"{training_flops(405e9, 15.6e12):.2g}" == "3.8e+25"
+    assert f"{training_flops(count(LLAMA3)['total'], 15.6e12):.2g}" == "3.8e+25"
+    assert count(LLAMA3)["total"] == pytest.approx(405.85e9, rel=1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_gpt2_124m_published(bias: bool) -> None:
+    """nanoGPT's transformer_sizing notebook: 875,062,886,400 FLOPs a sequence, of a model without biases."""
+    model = GPT2.model_copy(update={"bias": bias})
+    assert 1024 * flops_per_token(model, 1024, "palm") == 875_062_886_400
+    assert count(GPT2.model_copy(update={"bias": False}))["total"] == 124_337_664  # the notebook's total
+
+
+@pytest.mark.parametrize(
+    ("millions", "n_layers", "d_model", "d_ff", "n_heads", "d_head", "ratio"),
+    [
+        (73, 10, 640, 2560, 10, 64, "1.03"),
+        (305, 20, 1024, 4096, 16, 64, "1.10"),
+        (552, 24, 1280, 5120, 10, 128, "1.08"),
+        (1143, 26, 1792, 7168, 14, 128, "1.04"),
+        (1593, 28, 2048, 8192, 16, 128, "1.03"),
+        (6796, 40, 3584, 14336, 28, 128, "0.99"),
+    ],
+)
+def test_chinchilla_table_a4_published(
+    millions: int, n_layers: int, d_model: int, d_ff: int, n_heads: int, d_head: int, ratio: str
+) -> None:
+    """Hoffmann et al. 2022, table A4: FLOPs of the blocks over 6·N·D, sequences of 2048, 32,000 tokens known.
+
+    N is table A9's: it counts the projection of relative positions (Dai et al. 2019), one more matrix of keys a layer.
+    """
+    model = Model(
+        arch="gpt",
+        d_model=d_model,
+        n_layers=n_layers,
+        n_heads=n_heads,
+        d_head=d_head,
+        d_ff=d_ff,
+        vocab_size=32_000,
+        max_seq_len=2048,
+    )
+    parameters = matmul_parameters(model) + n_layers * d_model * n_heads * d_head
+    assert parameters / 1e6 == pytest.approx(millions, rel=0.011)
+    flops = 2048 * flops_per_token(model, 2048, "chinchilla_non_embedding")
+    assert f"{flops / training_flops(parameters, 2048):.2f}" == ratio
+
+
+def test_training_flops_refuses_what_is_no_amount() -> None:
+    for parameters, tokens, named in ((0, 1e9, "parameters: 0"), (1e9, float("nan"), "tokens: nan")):
+        with pytest.raises(MegamupError, match=named):
+            training_flops(parameters, tokens)
 
 
 def test_6n_counts_no_embedding() -> None:
@@ -58,6 +138,7 @@ def test_chinchilla_by_hand() -> None:
     mlp = 3 * 2 * 8 * 20
     forward = embedding + 2 * (qkv + scores + softmax + reduction + output + mlp) + logits
     assert flops_per_token(SMALL, 16, "chinchilla") == 3 * forward
+    assert flops_per_token(SMALL, 16, "chinchilla_non_embedding") == 3 * (forward - embedding - logits)
 
 
 def test_chinchilla_of_the_papers_transformer() -> None:

@@ -1,123 +1,133 @@
 #!/usr/bin/env python3
-"""Fit scaling laws to runs, predict the loss of a larger run, and report: fit, predict, report."""
+"""Fit scaling laws to runs, predict, design the next runs, report, and track MFU: fit, predict, design, report, mfu."""
+
+from __future__ import annotations
 
 import argparse
 import json
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from megamup.cli import report_errors
 from megamup.errors import MegamupError
 from megamup.files import write_text_atomic
-from megamup.scaling.fit import OBJECTIVES, fit_law
-from megamup.scaling.fit_file import Result, load_result, make_result, save_result, to_json
-from megamup.scaling.laws import LAWS, Law
-from megamup.scaling.report import judge, make_report
-from megamup.scaling.runs import LOSSES, PARAMETER_COUNTS, Ladder, load_csv, load_holdout, load_runs
-from megamup.scaling.uncertainty import no_interval_reason, predict
+from megamup.scaling.analysis import AUTO, Result, analyse, laws_named
+from megamup.scaling.design import propose
+from megamup.scaling.estimate import Estimate, beyond, estimate
+from megamup.scaling.fit_file import load_result, provenance, save_result, to_json
+from megamup.scaling.laws import LAWS, POWER_INPUTS, REDUCTIONS
+from megamup.scaling.mfu import as_json, lost_rows, notes, table_rows, utilisations
+from megamup.scaling.objective import OBJECTIVES
+from megamup.scaling.readers.columns import parse_pairs
+from megamup.scaling.run_arguments import add_run_arguments, read_ladder
+from megamup.scaling.text import design_lines, estimate_line, fit_lines, table_lines
+from megamup.scaling.uncertainty import LEVEL, no_interval_reason
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand; an error in what the user gave is one line on stderr and exit code 2."""
     arguments = _parser().parse_args(argv)
     arguments.command = shlex.join(["tools/scaling.py", *(sys.argv[1:] if argv is None else argv)])
-    verb = {"fit": _fit, "predict": _predict, "report": _report}[arguments.verb]
+    verb = {"fit": _fit, "predict": _predict, "design": _design, "mfu": _mfu}[arguments.verb]
     return report_errors(lambda: verb(arguments))
 
 
 def _fit(arguments: argparse.Namespace) -> None:
-    law = LAWS[arguments.law]
-    ladder = _ladder(arguments)
-    x = _input_of(law, ladder, arguments.x)
-    ladder = ladder.sorted_by(x)
-    inputs = [point.inputs[x] for point in ladder.points]
-    fit = fit_law(law, inputs, [point.loss for point in ladder.points], objective=arguments.objective)
-    result = make_result(fit, x, ladder, arguments.command)
+    ladder = read_ladder(arguments)
+    result = analyse(
+        ladder,
+        laws_named(arguments.law, arguments.x, ladder),
+        objective=arguments.objective,
+        seed=arguments.seed,
+        provenance=provenance(arguments.command),
+    )
     if arguments.output:
         save_result(result, arguments.output)
     if arguments.json:
-        print(json.dumps(to_json(result, (arguments.output or Path("fit.json")).parent), ensure_ascii=False))
-    else:
-        _print_fit(result)
+        _print_json(to_json(result, (arguments.output or Path("fit.json")).parent))
+        return
+    print("\n".join(fit_lines(result)))
+    _print_warnings(result.warnings)
 
 
 def _predict(arguments: argparse.Namespace) -> None:
     result = load_result(arguments.fit)
-    at = _pairs(arguments.at, "--at", "C=1e15")
-    if set(at) != {result.x}:
-        raise MegamupError(f"--at: {arguments.at!r} given; the law takes {result.x}: give {result.x}=NUMBER")
-    x = _positive(at[result.x], f"--at {result.x}")
-    prediction = predict(result.fit, [x])
-    low, high = float(prediction.low[0]), float(prediction.high[0])
-    reason = no_interval_reason(result.fit)
-    beyond = x / max(point.inputs[result.x] for point in result.ladder.points)
+    at = _numbers(arguments.at, "--at", "C=1e15")
+    found = estimate(result, at)
+    times = beyond(result, at)
     if arguments.json:
-        answer = {
-            "law": result.fit.law.name,
-            "at": {result.x: x},
-            "loss": float(prediction.loss[0]),
-            "low": None if reason else low,
-            "high": None if reason else high,
-            "interval_note": reason or "95% prediction interval of one new run, noise included",
-            "over_largest_x": beyond,
-            "convention": result.ladder.convention,
-            "warnings": result.warnings,
-        }
-        print(json.dumps(answer, ensure_ascii=False))
+        _print_json(_prediction_json(result, at, found, times))
         return
-    print(f"loss {prediction.loss[0]:.4f} at {result.x} = {x:.4g}, {beyond:.3g} times the largest fitted run")
-    print(f"no interval: {reason}" if reason else f"one new run is within {low:.4f} to {high:.4f} (95%)")
+    for one in found:
+        print(estimate_line(one))
+    if times is not None:
+        print(f"{times:.3g} times the largest fitted run")
+    reason = no_interval_reason(result.fit)
+    if reason:
+        print(f"no interval: {reason}")
     _print_warnings(result.warnings)
 
 
-def _report(arguments: argparse.Namespace) -> None:
+def _prediction_json(
+    result: Result, at: dict[str, float], found: Sequence[Estimate], times: float | None
+) -> dict[str, Any]:
+    loss = next((one for one in found if one.name == "L"), None)
+    return {
+        "law": result.law.name,
+        "at": at,
+        "loss": loss and loss.value,
+        "low": loss and loss.low,
+        "high": loss and loss.high,
+        "interval_level": LEVEL,
+        "interval_note": no_interval_reason(result.fit)
+        or "one new run, noise included, widened by what the backtest needed",
+        "quantities": {one.name: {"value": one.value, "low": one.low, "high": one.high} for one in found},
+        "over_largest_run": times,
+        "convention": result.ladder.convention,
+        "warnings": result.warnings,
+    }
+
+
+def _design(arguments: argparse.Namespace) -> None:
     result = load_result(arguments.fit)
-    held = load_holdout(arguments.holdout, result.ladder) if arguments.holdout else ()
-    write_text_atomic(arguments.output, make_report(result, held, arguments.command))
-    for verdict in judge(result, held):
-        state = {True: "inside", False: "outside", None: "no"}[verdict.inside]
-        print(
-            f"{verdict.point.name}: predicted {verdict.predicted:.4f}, measured {verdict.point.loss:.4f}, "
-            f"error {verdict.error_percent:+.2f}%, {state} 95% interval"
-        )
-    print(f"wrote {arguments.output}")
+    at = _numbers(arguments.at, "--at", "N=1e9,D=2e10")
+    design = propose(
+        result.fit,
+        at,
+        budget=_positive(arguments.budget, "--budget"),
+        count=arguments.runs,
+        quantity=arguments.quantity,
+        widening=result.backtest.inflation,
+    )
+    if arguments.json:
+        _print_json(asdict(design))
+        return
+    print("\n".join(design_lines(design)))
 
 
-def _ladder(arguments: argparse.Namespace) -> Ladder:
-    if arguments.runs:
-        if arguments.columns:
-            raise MegamupError(f"--columns: {arguments.columns!r} goes with --data; run folders need none: drop it")
-        return load_runs(
-            arguments.runs, loss=arguments.loss, parameters=arguments.parameters, exclude=arguments.exclude
-        )
-    if not arguments.columns:
-        raise MegamupError("--columns: missing; --data needs its columns named: add --columns C=COLUMN,L=COLUMN")
-    return load_csv(arguments.data, _pairs(arguments.columns, "--columns", "C=flops,L=loss"), exclude=arguments.exclude)
+def _mfu(arguments: argparse.Namespace) -> None:
+    runs = utilisations(arguments.runs)
+    if arguments.output:
+        from megamup.scaling.mfu_figure import mfu_page
+
+        write_text_atomic(arguments.output, mfu_page(runs, arguments.command))
+    if arguments.json:
+        _print_json([as_json(run) for run in runs])
+        return
+    print("\n".join([*table_lines(table_rows(runs)), *table_lines(lost_rows(runs))]))
+    for name, note in notes(runs):
+        print(f"{name}: {note}")
+    if arguments.output:
+        print(f"wrote {arguments.output}")
 
 
-def _input_of(law: Law, ladder: Ladder, asked: str | None) -> str:
-    known = [key for key in ladder.points[0].inputs if key in law.choices] if ladder.points else list(law.choices)
-    if asked is None:
-        if not known:
-            raise MegamupError(f"--columns: none of {', '.join(law.choices)} given; the law {law.name} needs one")
-        return "C" if "C" in known else known[0]
-    if asked not in known:
-        raise MegamupError(f"--x: {asked} is not among the columns given; expected one of {', '.join(known)}")
-    return asked
-
-
-def _pairs(text: str, option: str, example: str) -> dict[str, str]:
-    pairs: dict[str, str] = {}
-    for part in text.split(","):
-        key, equals, value = part.partition("=")
-        if not (key.strip() and equals and value.strip()):
-            raise MegamupError(f"{option}: {part!r} is no KEY=VALUE; expected such as {example}")
-        if key.strip() in pairs:
-            raise MegamupError(f"{option}: {key.strip()} is given twice, {pairs[key.strip()]} and {value.strip()}")
-        pairs[key.strip()] = value.strip()
-    return pairs
+def _numbers(text: str, option: str, example: str) -> dict[str, float]:
+    """KEY=NUMBER,... as numbers above 0."""
+    return {key: _positive(value, f"{option} {key}") for key, value in parse_pairs([text], option, example).items()}
 
 
 def _positive(text: str, where: str) -> float:
@@ -130,38 +140,8 @@ def _positive(text: str, where: str) -> float:
     return number
 
 
-def _print_fit(result: Result) -> None:
-    fit, convention = result.fit, result.ladder.convention
-    counted = convention["parameters" if result.x == "N" else "flops"]
-    print(f"law        {fit.law.formula.format(x=result.x)}   ({fit.law.source})")
-    print(f"{result.x}          {counted}")
-    print(f"loss       {convention['loss']}")
-    print(f"objective  {OBJECTIVES[fit.objective]}: {fit.objective_value:.4g}\n")
-    rows = [("parameter", "value", "95% low", "95% high")]
-    for parameter, value in fit.parameters.items():
-        low, high = ("-" if end is None else f"{end:.6g}" for end in result.intervals[parameter])
-        rows.append((parameter, f"{value:.6g}", low, high))
-    _print_table(rows)
-    points = [("run", result.x, "loss", "law", "residual %")]
-    for point, fitted in zip(result.ladder.points, fit.fitted, strict=True):
-        residual = f"{100 * (point.loss / fitted - 1):+.2f}"
-        points.append((point.name, f"{point.inputs[result.x]:.4g}", f"{point.loss:.4f}", f"{fitted:.4f}", residual))
-    _print_table(points)
-    diagnostics = fit.diagnostics
-    std = "-" if fit.residual_std is None else f"{fit.residual_std:.3g}"
-    print(
-        f"residual std {std}, starts at the optimum {diagnostics.share_of_starts_at_optimum:.0%}, "
-        f"gradient norm {diagnostics.gradient_norm:.1e}, condition number {diagnostics.condition_number:.3g}"
-    )
-    _print_warnings(result.warnings)
-
-
-def _print_table(rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        figures = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
-        print("  ".join([row[0].ljust(widths[0]), *figures]))
-    print()
+def _print_json(content: Any) -> None:
+    print(json.dumps(content, ensure_ascii=False, allow_nan=False))
 
 
 def _print_warnings(warnings: Sequence[str]) -> None:
@@ -174,31 +154,43 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True)
 
     fit = verbs.add_parser("fit", help="fit a law to finished runs or to a table")
-    fit.add_argument("--law", required=True, choices=list(LAWS), help="the form of the law")
-    choices = sorted({choice for law in LAWS.values() for choice in law.choices})
-    fit.add_argument("--x", choices=choices, help="what the law is in: C, FLOPs (default), or N, parameters")
-    data = fit.add_mutually_exclusive_group(required=True)
-    data.add_argument("--runs", nargs="+", type=Path, metavar="DIR", help="run folders")
-    data.add_argument("--data", type=Path, metavar="F.csv", help="a table with a header line")
-    fit.add_argument("--columns", metavar="C=col,L=col", help="columns of --data: L, and N, C, D, name")
-    fit.add_argument("--exclude", nargs="+", default=[], metavar="NAME", help="runs to leave out, by name")
-    fit.add_argument("--loss", choices=LOSSES, default="valid_loss", help="which loss of a run (default valid_loss)")
     fit.add_argument(
-        "--parameters", choices=PARAMETER_COUNTS, default="non_embedding", help="what N counts in run folders"
+        "--law",
+        required=True,
+        metavar="LAW[,LAW...]",
+        help=f"{', '.join([*LAWS, *(name for name in REDUCTIONS if name not in LAWS)])}; several, or auto: the one whose "
+        "error on larger runs held out is least",
     )
-    fit.add_argument("--objective", choices=OBJECTIVES, default="loss", help="what is least (default loss)")
+    fit.add_argument("--x", choices=POWER_INPUTS, help="what the law power is in (default C where known, else N, D)")
+    add_run_arguments(fit)
+    fit.add_argument(
+        "--objective",
+        default=AUTO,
+        help=f"what is least: {', '.join(OBJECTIVES)}, huber:DELTA, or auto (default): by held-out error",
+    )
+    fit.add_argument("--seed", type=int, default=0, help="of the random starts (default 0)")
     fit.add_argument("--output", type=Path, metavar="fit.json", help="write the fit file")
     fit.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
 
-    prediction = verbs.add_parser("predict", help="the loss of a new run, with its 95%% interval")
+    prediction = verbs.add_parser("predict", help="the loss of a new run, or what a budget or a loss asks for")
     prediction.add_argument("--fit", required=True, type=Path, metavar="fit.json")
-    prediction.add_argument("--at", required=True, metavar="C=1e15", help="the new run's size")
+    prediction.add_argument(
+        "--at", required=True, metavar="N=1e9,D=2e10", help="the new run; or C=BUDGET or L=LOSS, where the law has an optimum"
+    )
     prediction.add_argument("--json", action="store_true", help="print one JSON object")
 
-    report = verbs.add_parser("report", help="a self-contained HTML page")
-    report.add_argument("--fit", required=True, type=Path, metavar="fit.json")
-    report.add_argument("--holdout", nargs="+", type=Path, default=[], metavar="RUN_DIR", help="runs not fitted")
-    report.add_argument("--output", required=True, type=Path, metavar="report.html")
+    design = verbs.add_parser("design", help="the next runs that narrow a prediction most per FLOP")
+    design.add_argument("--fit", required=True, type=Path, metavar="fit.json")
+    design.add_argument("--at", required=True, metavar="N=1e9,D=2e10", help="what is to be predicted")
+    design.add_argument("--budget", required=True, metavar="1e20", help="FLOPs for all new runs")
+    design.add_argument("--runs", type=int, default=5, help="at most so many (default 5)")
+    design.add_argument("--quantity", help="which quantity at a budget, such as N_opt (default the loss)")
+    design.add_argument("--json", action="store_true", help="print one JSON object")
+
+    mfu = verbs.add_parser("mfu", help="MFU, tokens/s and goodput of runs over time, with stalls marked")
+    mfu.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR")
+    mfu.add_argument("--output", type=Path, metavar="mfu.html", help="write a self-contained page")
+    mfu.add_argument("--json", action="store_true", help="print one JSON array instead of tables")
     return parser
 
 

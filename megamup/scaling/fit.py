@@ -1,48 +1,80 @@
-"""The one solver: least squares on a separable law by variable projection from many starts.
+"""The one solver: a law fitted to points from many starts, with what tells whether the optimum can be believed.
 
-For fixed exponents a law is linear in its coefficients, so they are eliminated: what is searched is the
-residual of the best nonnegative coefficients as a function of the exponents alone (Golub & Pereyra 1973,
-SIAM J. Numer. Anal. 10:413). One dimension is left of the power law's three, and the valley between offset
-and exponent, along which joint searches stop early and report success, is gone.
+Inputs are centred on a log scale, the searched vector θ is in units of the law's own effect (`laws/base.py`), gradients
+are analytic. A law that is linear in its coefficients is first searched in its exponents alone (`projection.py`), then
+every end goes on in all parameters under the objective asked for; Huber's is approached from least squares by shrinking
+delta, as its own valleys have kinks.
 """
 
-import itertools
+from __future__ import annotations
+
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
-from numpy.typing import ArrayLike
-from scipy.optimize import least_squares
+from numpy.typing import ArrayLike, NDArray
 
 from megamup.errors import MegamupError
-from megamup.scaling.laws import FloatArray, Law
+from megamup.scaling.laws.base import FloatArray, Law, separable
+from megamup.scaling.objective import OBJECTIVES, Objective, get_objective
+from megamup.scaling.projection import Projected
+from megamup.scaling.solver import Problem, minimise
 
-OBJECTIVES = {
-    "loss": "least squares on the loss",
-    "relative": "least squares on (fitted - measured) / measured, to first order the logarithm of the loss",
-}
-STARTS = 24
+STARTS = 32
 
 # Beyond these a result is reported with a warning. 1e4: rounding of the losses in the fourth digit moves the
-# parameters by their own size. 1e-7: least squares stops near 1e-10 where it converges.
+# parameters by their own size. 1e-7: the search stops near 1e-12 where it converges.
 MAX_CONDITION_NUMBER = 1e4
 MAX_GRADIENT_NORM = 1e-7
 MIN_SHARE_OF_STARTS = 0.5
 
-# An exponent within 0.1% of an end of its searched range has been stopped by it.
-BOUND_TOLERANCE = 1e-3
+# Ends whose objectives agree this well are one optimum.
+SAME_OPTIMUM = 1e-7
+
+HUBER_PATH = (1e6, 100.0, 10.0, 1.0)
+"""Delta over the one asked for, from least squares to the objective itself."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """n points as a law sees them."""
+
+    inputs: FloatArray
+    """(n, d), as given."""
+    response: FloatArray
+    """(n,): nats per token, where the response is the loss."""
+    runs: NDArray[np.int64]
+    """(n,): index of the run that a point belongs to; points of one curve are no independent evidence."""
+
+    centre: FloatArray | None = None
+    """(d,): log of what the inputs are divided by; None for their geometric mean."""
+
+    @cached_property
+    def log_centre(self) -> FloatArray:
+        """Log of what the inputs are divided by: (d,)."""
+        return np.asarray(np.log(self.inputs).mean(axis=0) if self.centre is None else self.centre)
+
+    @cached_property
+    def log_x(self) -> FloatArray:
+        """Logs of the centred inputs: (n, d)."""
+        return np.log(self.inputs) - self.log_centre
+
+    def take(self, rows: NDArray[np.bool_]) -> Data:
+        """The points where `rows` (n,) is true, centred as all of them are: θ keeps its meaning."""
+        return Data(self.inputs[rows], self.response[rows], self.runs[rows], self.log_centre)
 
 
 @dataclass(frozen=True)
 class Diagnostics:
     """How far the optimum found can be believed."""
 
+    starts: int
     share_of_starts_at_optimum: float
     """Share of the starts whose search ended at the best objective found."""
     gradient_norm: float
-    """Of the objective by the log of each free parameter, over the sum of squared losses: 0 at an optimum."""
+    """Of the objective by θ, over (the objective + rounding) times the scale of each parameter: 0 at an optimum."""
     condition_number: float
     """Of the Jacobian with columns of unit norm: how nearly the effects of parameters cancel each other."""
     at_bound: tuple[str, ...]
@@ -51,110 +83,188 @@ class Diagnostics:
 
 @dataclass(frozen=True)
 class Fit:
-    """A law fitted to n points; `coefficients` are those of centred inputs (x over its geometric mean)."""
+    """A law fitted to n points."""
 
     law: Law
-    objective: str
-    inputs: FloatArray
-    """(n, d), as given."""
-    loss: FloatArray
-    """(n,), nats per token."""
-    exponents: FloatArray
-    """(q,)"""
-    coefficients: FloatArray
-    """(k,)"""
-    diagnostics: Diagnostics
+    objective: Objective
+    data: Data
+    theta: FloatArray
+    """(p,), at centred inputs."""
+    diagnostics: Diagnostics = field(repr=False)
 
-    @property
-    def log_centre(self) -> FloatArray:
-        """Log of the geometric mean of each input: (d,)."""
-        centre: FloatArray = np.log(self.inputs).mean(axis=0)
-        return centre
-
-    @property
+    @cached_property
     def parameters(self) -> dict[str, float]:
-        """The law's parameters, in the units of x and the loss as given."""
-        own = self.coefficients * self.law.uncentre(self.exponents, self.log_centre)
-        values = dict(zip(self.law.coefficients + self.law.exponents, [*own, *self.exponents], strict=True))
-        return {name: float(values[name]) for name in self.law.parameters}
+        """The law's parameters as published, in the units of the inputs and the response as given."""
+        values = self.law.public(self.theta, self.data.log_centre)
+        return {name: float(value) for name, value in zip(self.law.parameters, values, strict=True)}
+
+    @property
+    def inputs(self) -> FloatArray:
+        return self.data.inputs
+
+    @property
+    def loss(self) -> FloatArray:
+        return self.data.response
 
     @property
     def fitted(self) -> FloatArray:
         """The law at the fitted points: (n,)."""
-        return self.at(self.inputs)
+        return self.at(self.data.inputs)
+
+    @property
+    def residuals(self) -> FloatArray:
+        """In the objective's own scale: (n,)."""
+        return self.objective.residual(self.law.log_value(self.theta, self.data.log_x), self.data.response)
 
     @property
     def objective_value(self) -> float:
-        """Sum of squared (weighted) residuals."""
-        return float(np.sum((weights(self.loss, self.objective) * (self.fitted - self.loss)) ** 2))
+        """Sum of squared residuals, or of Huber's losses."""
+        return self.objective.value(self.residuals)
 
     @property
     def degrees_of_freedom(self) -> int:
         """Points less parameters."""
-        return len(self.loss) - len(self.law.parameters)
+        return len(self.data.response) - len(self.law.parameters)
 
     @property
     def residual_std(self) -> float | None:
-        """Noise of one run: nats (relative objective: share of the loss); None without freedom left."""
+        """Noise of one run, in the objective's scale (nats, or a share of the response); None without freedom left."""
         dof = self.degrees_of_freedom
-        return math.sqrt(self.objective_value / dof) if dof > 0 else None
+        return math.sqrt(float(np.sum(self.residuals**2)) / dof) if dof > 0 else None
 
     def at(self, inputs: ArrayLike) -> FloatArray:
-        """The law at `inputs` (m, d), or (m,) for a law of one input: the loss (m,) in nats per token."""
-        log_x = np.log(as_inputs(inputs)) - self.log_centre
-        return self.law.terms(self.exponents, log_x) @ self.coefficients
+        """The law at `inputs` (m, d), or (m,) for a law of one input: the response (m,)."""
+        log_x = np.log(as_inputs(inputs)) - self.data.log_centre
+        return np.asarray(np.exp(self.law.log_value(self.theta, log_x)))
 
 
-@dataclass(frozen=True)
-class Face:
-    """Least squares on a subset of the coefficients, the others at 0; leading axes: a batch of exponents."""
-
-    columns: tuple[int, ...]
-    coefficients: FloatArray
-    """(..., f): the optimum on this face."""
-    rss: FloatArray
-    """(...,): residual sum of squares there."""
-    q: FloatArray
-    """(..., n, f): orthonormal columns of the face's basis B = QR."""
-    r: FloatArray
-    """(..., f, f)"""
-
-
-def fit_law(law: Law, inputs: ArrayLike, loss: ArrayLike, *, objective: str = "loss", starts: int = STARTS) -> Fit:
-    """Fit `law` to points, from `starts` spread over the exponents' range; the best end is kept.
+def fit_law(
+    law: Law,
+    inputs: ArrayLike,
+    response: ArrayLike,
+    *,
+    objective: str | Objective = "log",
+    starts: int = STARTS,
+    seed: int = 0,
+    runs: Sequence[int] | None = None,
+) -> Fit:
+    """Fit `law` to points from `starts` random starts; the best end is kept.
 
     Args:
         inputs: (n, d), or (n,) for a law of one input; above 0, in any unit.
-        loss: (n,), above 0, nats per token.
-        objective: a key of `OBJECTIVES`.
+        response: (n,), above 0.
+        objective: a name that `get_objective` knows.
+        runs: (n,), the run of each point; default each its own.
 
     Raises:
-        MegamupError: fewer points, or fewer different inputs, than the law has parameters; a value not
-            above 0.
+        MegamupError: fewer points, or fewer different inputs, than the law has parameters; a value not above 0.
     """
-    x, y = as_inputs(inputs), np.asarray(loss, dtype=np.float64)
+    x, y = as_inputs(inputs), np.asarray(response, dtype=np.float64)
     if not (np.all(x > 0) and np.all(y > 0) and np.all(np.isfinite(x)) and np.all(np.isfinite(y))):
         raise MegamupError(f"points: inputs {x.tolist()}, losses {y.tolist()}; expected finite numbers above 0")
-    _check_enough(law, x)
-    w = weights(y, objective)
-    log_x = np.log(x) - np.mean(np.log(x), axis=0)
-    reduced = _Reduced(law, log_x, y * w, w)
-    ends = [
-        least_squares(reduced.residual, start, jac=reduced.jacobian, bounds=reduced.bounds, **_TOLERANCES)
-        for start in start_grid(law, starts)
-    ]
-    least = min(float(end.cost) for end in ends)
-    # Equal to rounding: relative where there is noise, to the size of the losses where the fit is exact.
-    tolerance = 1e-10 * least + 1e-20 * float(np.sum((y * w) ** 2))
-    at_optimum = [end for end in ends if end.cost <= least + tolerance]
-    # The objective is flat to rounding around its optimum; its gradient still tells which end is nearest.
-    best = min(at_optimum, key=lambda end: float(end.optimality))
-    share = len(at_optimum) / len(ends)
-    exponents = reduced.exponents(best.x)
-    coefficients = np.zeros(len(law.coefficients))
-    face = best_face(law.terms(exponents, log_x) * w[:, np.newaxis], y * w)
-    coefficients[list(face.columns)] = face.coefficients
-    return Fit(law, objective, x, y, exponents, coefficients, _diagnose(reduced, exponents, coefficients, share))
+    law = law.bound_to(dict(zip(law.inputs, x.T, strict=True)))
+    check_enough(law, x)
+    data = Data(x, y, np.arange(len(y)) if runs is None else np.asarray(runs, dtype=np.int64))
+    wanted = get_objective(objective) if isinstance(objective, str) else objective
+    unit = np.random.default_rng(seed).uniform(0.001, 0.999, (starts, len(law.parameters)))
+    begin = law.starts(data.log_x, np.log(y), unit)
+    theta, costs = search(law, data, wanted, begin)
+    # Equal to rounding where the points lie on the law exactly.
+    floor = 1e-24 * float(np.sum((wanted.weights(y) * y) ** 2))
+    best = int(np.argmin(costs))
+    share = float(np.mean(costs <= costs[best] * (1 + SAME_OPTIMUM) + floor))
+    return Fit(law, wanted, data, theta[best], _diagnose(law, data, wanted, theta[best], starts, share, floor))
+
+
+def search(
+    law: Law, data: Data, objective: Objective, begin: FloatArray, weights: FloatArray | None = None
+) -> tuple[FloatArray, FloatArray]:
+    """Follow starts (s, p) to minima of the objective: θ (s, p) and Σ ρ (s,)."""
+    form = separable(law)
+    if form is not None and weights is None:
+        begin = _projected(form, data, objective, begin)
+    problem = problem_of(law, data, objective)
+    # Resamples start at the optimum, which is near enough.
+    path = (1.0,) if objective.delta is None or weights is not None else HUBER_PATH
+    ends = None
+    for factor in path:
+        stage = objective if objective.delta is None else replace(objective, delta=objective.delta * factor)
+        ends = minimise(problem, begin, law.bounds, stage, weights)
+        begin = ends.theta
+    assert ends is not None
+    return ends.theta, ends.cost
+
+
+def problem_of(law: Law, data: Data, objective: Objective) -> Problem:
+    """The residuals of all points and their derivatives by θ, in the objective's scale."""
+
+    def problem(theta: FloatArray, which: object) -> tuple[FloatArray, FloatArray]:
+        del which
+        log_value = law.log_value(theta, data.log_x)
+        slope = objective.slope(log_value, data.response)
+        return objective.residual(log_value, data.response), law.jacobian(theta, data.log_x) * slope[..., np.newaxis]
+
+    return problem
+
+
+def _projected(form: Law, data: Data, objective: Objective, begin: FloatArray) -> FloatArray:
+    """The starts after variable projection under least squares (on relative errors in place of logs)."""
+    law = separable(form)
+    assert law is not None
+    reduced = Projected(law, data.log_x, data.response, objective.weights(data.response))
+    low, high = law.bounds
+    k = len(law.terms)
+    ends = minimise(reduced, begin[:, k:], (low[k:], high[k:]), OBJECTIVES["loss"])
+    return reduced.theta(ends.theta)
+
+
+def as_inputs(inputs: ArrayLike) -> FloatArray:
+    """`inputs` as floats of shape (n, d)."""
+    array = np.asarray(inputs, dtype=np.float64)
+    return array.reshape(-1, 1) if array.ndim == 1 else array
+
+
+def check_enough(law: Law, inputs: FloatArray) -> None:
+    """Refuse fewer points, or fewer different ones, than the law has parameters.
+
+    Raises:
+        MegamupError: with how many to add.
+    """
+    needed, points = len(law.parameters), len(inputs)
+    if points < needed:
+        raise MegamupError(
+            f"points: {points} given; the law {law.name} has the {needed} parameters "
+            f"{', '.join(law.parameters)} and needs at least {needed}, and {needed + 1} for intervals: "
+            f"add {needed - points} or more, best smaller and larger than those given"
+        )
+    different = len(np.unique(inputs, axis=0))
+    if different < needed:
+        raise MegamupError(
+            f"points: {points} given at only {different} different sizes; the law {law.name} needs {needed}: "
+            f"add runs at {needed - different} or more other sizes"
+        )
+
+
+def _diagnose(
+    law: Law, data: Data, objective: Objective, theta: FloatArray, starts: int, share: float, floor: float
+) -> Diagnostics:
+    residual, jacobian = (a[0] for a in problem_of(law, data, objective)(theta[np.newaxis], None))
+    at_bound = law.at_bound(theta, data.log_x)
+    free = [i for i, name in enumerate(law.parameters) if name not in at_bound]
+    columns = jacobian[:, free]
+    lengths = np.linalg.norm(columns, axis=0)
+    columns = columns[:, lengths > 0] / lengths[lengths > 0]  # an exponent whose term is gone has no effect
+    # |Jᵀψ| over |J| |ψ|: the cosine between the residuals' pull and what parameters could do about it; residuals of
+    # 1e-8 of the response are none.
+    pull = objective.psi(residual)
+    size = float(np.linalg.norm(pull)) + 1e4 * math.sqrt(floor)
+    return Diagnostics(
+        starts=starts,
+        share_of_starts_at_optimum=share,
+        gradient_norm=float(np.linalg.norm(columns.T @ pull)) / size if size else 0.0,
+        condition_number=float(np.linalg.cond(columns)) if columns.size else math.inf,
+        at_bound=at_bound,
+    )
 
 
 def warnings_of(fit: Fit) -> list[str]:
@@ -176,164 +286,9 @@ def warnings_of(fit: Fit) -> list[str]:
     return found
 
 
-def weights(loss: FloatArray, objective: str) -> FloatArray:
-    """What each residual is multiplied by: (n,).
-
-    Raises:
-        MegamupError: `objective` is unknown.
-    """
-    if objective not in OBJECTIVES:
-        raise MegamupError(f"objective: {objective!r} is unknown; expected one of {', '.join(OBJECTIVES)}")
-    return 1 / loss if objective == "relative" else np.ones_like(loss)
-
-
-def as_inputs(inputs: ArrayLike) -> FloatArray:
-    """`inputs` as floats of shape (n, d)."""
-    array = np.asarray(inputs, dtype=np.float64)
-    return array.reshape(-1, 1) if array.ndim == 1 else array
-
-
-def start_grid(law: Law, count: int) -> FloatArray:
-    """About `count` log sizes of the exponents (m, q), evenly spread over their range."""
-    low, high = _log_bounds(law)
-    per_axis = max(2, round(count ** (1 / len(law.exponents))))
-    axes = [np.linspace(start, end, per_axis) for start, end in zip(low, high, strict=True)]
-    return np.array(list(itertools.product(*axes)))
-
-
-def exponents_from_logs(law: Law, logs: FloatArray) -> FloatArray:
-    """Exponents (..., q) from the log of their size, which is what is searched."""
-    signs = np.sign([low for low, _ in law.exponent_bounds])
-    return signs * np.exp(logs)
-
-
-def faces(basis: FloatArray, y: FloatArray) -> Iterator[Face]:
-    """Least squares of `y` (n,) on every non-empty subset of the k columns of `basis` (..., n, k).
-
-    With nonnegative coefficients the optimum is the best feasible one of these 2^k - 1; k is 3 at most.
-    """
-    k = basis.shape[-1]
-    for size in range(k, 0, -1):
-        for columns in itertools.combinations(range(k), size):
-            q, r = np.linalg.qr(basis[..., columns])
-            projected = np.einsum("...nf,n->...f", q, y)
-            coefficients = np.linalg.solve(r, projected[..., np.newaxis])[..., 0]
-            residual = y - np.einsum("...nf,...f->...n", q, projected)
-            yield Face(columns, coefficients, np.sum(residual**2, axis=-1), q, r)
-
-
-def best_face(basis: FloatArray, y: FloatArray) -> Face:
-    """Nonnegative least squares on one `basis` (n, k): the best face whose coefficients are all >= 0."""
-    feasible = []
-    for face in faces(basis, y):
-        if np.all(face.coefficients >= 0):
-            if len(face.columns) == basis.shape[-1]:
-                return face  # the free optimum, which no constraint can better
-            feasible.append(face)
-    return min(feasible, key=lambda face: float(face.rss))
-
-
-# Far below scipy's 1e-8: a ladder has few points, and an early stop shows in the extrapolated loss. A stop on
-# the objective (ftol) comes early by nature, as it is flat there.
-_TOLERANCES: dict[str, Any] = {"ftol": None, "xtol": 1e-12, "gtol": 1e-15, "max_nfev": 200}
-
-
-@dataclass(frozen=True)
-class _Reduced:
-    """The residual as a function of the exponents alone, at their best coefficients."""
-
-    law: Law
-    log_x: FloatArray
-    y: FloatArray
-    w: FloatArray
-
-    @property
-    def bounds(self) -> tuple[FloatArray, FloatArray]:
-        low, high = _log_bounds(self.law)
-        margin = 1e-9  # scipy wants starts strictly inside
-        return low - margin, high + margin
-
-    def exponents(self, logs: FloatArray) -> FloatArray:
-        low, high = _log_bounds(self.law)
-        return exponents_from_logs(self.law, np.clip(logs, low, high))
-
-    def basis(self, logs: FloatArray) -> FloatArray:
-        return self.law.terms(self.exponents(logs), self.log_x) * self.w[:, np.newaxis]
-
-    def residual(self, logs: FloatArray) -> FloatArray:
-        basis = self.basis(logs)
-        face = best_face(basis, self.y)
-        return basis[:, face.columns] @ face.coefficients - self.y
-
-    def jacobian(self, logs: FloatArray) -> FloatArray:
-        """d residual / d log size, (n, q): P dB β - (B⁺)ᵀ dBᵀ r (Golub & Pereyra 1973, eq. 4.9).
-
-        B is the basis, dB its derivative, P the projection off its columns, β the coefficients, r the
-        residual.
-        """
-        exponents = self.exponents(logs)
-        basis = self.basis(logs)
-        face = best_face(basis, self.y)
-        columns = list(face.columns)
-        residual = basis[:, columns] @ face.coefficients - self.y
-        # d exponent / d log size = exponent
-        gradient = self.law.terms_gradient(exponents, self.log_x) * exponents[:, np.newaxis, np.newaxis]
-        derivative = gradient[..., columns] * self.w[:, np.newaxis]  # (q, n, f)
-        along = derivative @ face.coefficients  # (q, n)
-        along -= (along @ face.q) @ face.q.T
-        turned = np.einsum("qnf,n->qf", derivative, residual)
-        pseudo_inverse = np.linalg.solve(face.r, face.q.T)  # (f, n)
-        jacobian: FloatArray = (along - turned @ pseudo_inverse).T
-        return jacobian
-
-
-def _log_bounds(law: Law) -> tuple[FloatArray, FloatArray]:
-    sizes = np.sort(np.log(np.abs(np.array(law.exponent_bounds))), axis=1)
-    return sizes[:, 0], sizes[:, 1]
-
-
-def _check_enough(law: Law, inputs: FloatArray) -> None:
-    needed, points = len(law.parameters), len(inputs)
-    if points < needed:
-        raise MegamupError(
-            f"points: {points} given; the law {law.name} has the {needed} parameters "
-            f"{', '.join(law.parameters)} and needs at least {needed}, and {needed + 1} for intervals: "
-            f"add {needed - points} or more, best smaller and larger than those given"
-        )
-    different = len(np.unique(inputs, axis=0))
-    if different < needed:
-        raise MegamupError(
-            f"points: {points} given at only {different} different sizes; the law {law.name} needs {needed}: "
-            f"add runs at {needed - different} or more other sizes"
-        )
-
-
-def _diagnose(reduced: _Reduced, exponents: FloatArray, coefficients: FloatArray, share: float) -> Diagnostics:
-    law = reduced.law
-    basis = law.terms(exponents, reduced.log_x) * reduced.w[:, np.newaxis]
-    by_exponent = (law.terms_gradient(exponents, reduced.log_x) @ coefficients) * reduced.w  # (q, n)
-    residual = basis @ coefficients - reduced.y
-    # By the log of each parameter, so that their units don't count.
-    jacobian = np.column_stack([basis * coefficients, by_exponent.T * exponents])
-    low, high = _log_bounds(law)
-    logs = np.log(np.abs(exponents))
-    stopped = (logs - low < BOUND_TOLERANCE) | (high - logs < BOUND_TOLERANCE)
-    bound = np.concatenate([coefficients == 0, stopped])
-    free = jacobian[:, ~bound]
-    # A coefficient at 0 takes its exponent's effect with it; such a column has no direction.
-    free = free[:, np.linalg.norm(free, axis=0) > 0]
-    names = law.coefficients + law.exponents
-    return Diagnostics(
-        share_of_starts_at_optimum=share,
-        gradient_norm=float(np.linalg.norm(free.T @ residual) / np.sum(reduced.y**2)),
-        condition_number=float(np.linalg.cond(free / np.linalg.norm(free, axis=0))),
-        at_bound=tuple(name for name in law.parameters if bound[names.index(name)]),
-    )
-
-
 def _bound_warning(fit: Fit, name: str) -> str:
     value = fit.parameters[name]
-    if name in fit.law.coefficients:
+    if value == 0:
         return (
             f"{name} lies on its bound 0: the points don't show this term; add runs over a wider range, "
             "or doubt that the runs follow one law"

@@ -1,8 +1,10 @@
-"""The fit file: one JSON object with all that a prediction and a report need."""
+"""The fit file: one JSON object with all that a prediction, a report and a trainer need."""
+
+from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -12,38 +14,25 @@ import scipy
 
 from megamup.errors import MegamupError
 from megamup.files import write_json_atomic
-from megamup.scaling.fit import OBJECTIVES, Diagnostics, Fit, warnings_of
+from megamup.scaling.analysis import Result, Tried, inputs_of, response_of
+from megamup.scaling.backtest import Backtest, Trial
+from megamup.scaling.fit import Data, Diagnostics, Fit
 from megamup.scaling.laws import get_law
+from megamup.scaling.objective import get_objective
 from megamup.scaling.runs import Ladder, Point
-from megamup.scaling.uncertainty import LEVEL, Interval, covariance, no_interval_reason, parameter_intervals
+from megamup.scaling.uncertainty import LEVEL, covariance, no_interval_reason
 
-FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Result:
-    """A fit with where its points came from: what a fit file holds."""
-
-    fit: Fit
-    x: str
-    """The law's input: N, C."""
-    ladder: Ladder
-    intervals: dict[str, Interval]
-    warnings: list[str]
-    provenance: dict[str, str]
-    """The command, the date (UTC) and the versions the fit was made with."""
+FORMAT = 2
 
 
-def make_result(fit: Fit, x: str, ladder: Ladder, command: str) -> Result:
-    """`fit` with its intervals, warnings and provenance."""
-    intervals = parameter_intervals(fit)
-    provenance = {
+def provenance(command: str) -> dict[str, str]:
+    """What made a fit: command, date (UTC), versions."""
+    return {
         "command": command,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "numpy": np.__version__,
         "scipy": scipy.__version__,
     }
-    return Result(fit, x, ladder, intervals, warnings_of(fit) + _interval_warnings(fit, intervals), provenance)
 
 
 def to_json(result: Result, folder: Path) -> dict[str, Any]:
@@ -53,32 +42,50 @@ def to_json(result: Result, folder: Path) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "law": fit.law.name,
-        "formula": fit.law.formula.format(x=result.x),
-        "x": result.x,
+        "formula": fit.law.formula,
+        "inputs": list(fit.law.inputs),
+        "response": fit.law.response,
+        "source": fit.law.source,
         "parameters": fit.parameters,
         "intervals": {name: list(ends) for name, ends in result.intervals.items()},
         "interval_level": LEVEL,
         "interval_note": no_interval_reason(fit) or "profile likelihood; null: the points set no end on that side",
         "objective": fit.objective_value,
-        "objective_name": fit.objective,
-        "objective_meaning": OBJECTIVES[fit.objective],
+        "objective_name": fit.objective.name,
+        "objective_meaning": fit.objective.meaning,
+        "tried": [asdict(row) for row in result.tried],
+        "reason": result.reason,
         "residual_std": fit.residual_std,
+        "data_sha256": result.ladder.hash(),
         "convention": result.ladder.convention,
-        "diagnostics": {**vars(fit.diagnostics), "at_bound": list(fit.diagnostics.at_bound)},
+        "seed": result.seed,
+        "optimum": {
+            "theta": fit.theta.tolist(),
+            "log_centre": fit.data.log_centre.tolist(),
+            **asdict(fit.diagnostics),
+        },
+        "covariance": None if matrix is None else matrix.tolist(),
+        "backtest": {
+            "folds": result.backtest.folds,
+            "inflation": result.backtest.inflation,
+            "held": result.backtest.held,
+            "rms_error": result.backtest.rms_error,
+            "drift": result.backtest.drift,
+            "trials": [_finite(asdict(trial)) for trial in result.backtest.trials],
+        },
         "warnings": result.warnings,
         "points": [
             {
                 "name": point.name,
-                "x": point.inputs[result.x],
+                "run": point.run,
+                "inputs": point.inputs,
                 "loss": point.loss,
                 "fitted": float(fitted),
-                "residual_percent": 100 * (point.loss / float(fitted) - 1),
-                "inputs": point.inputs,
+                "residual_percent": 100 * (float(measured / fitted) - 1),
                 "source": None if point.source is None else _relative(point.source, folder),
             }
-            for point, fitted in zip(result.ladder.points, fit.fitted, strict=True)
+            for point, fitted, measured in zip(result.ladder.points, fit.fitted, fit.data.response, strict=True)
         ],
-        "covariance": None if matrix is None else matrix.tolist(),
         "provenance": result.provenance,
     }
 
@@ -96,7 +103,7 @@ def load_result(path: Path) -> Result:
     """Read a fit file; nothing is fitted again.
 
     Raises:
-        MegamupError: no such file, no fit file, or one of another format.
+        MegamupError: no such file, no fit file, one of another format, or one whose points were changed.
     """
     if not path.is_file():
         raise MegamupError(f"--fit: {path} is no file; expected what `scaling.py fit --output {path}` writes")
@@ -108,60 +115,64 @@ def load_result(path: Path) -> Result:
     if found != FORMAT:
         raise MegamupError(f"--fit: {path}: format is {found!r}; expected {FORMAT}: make it again with `fit --output`")
     try:
-        return _from_json(content, path.parent)
-    except (KeyError, TypeError, AttributeError) as error:
+        result = _from_json(content, path.parent)
+        stated = content["data_sha256"]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise MegamupError(f"--fit: {path}: {error!r}: is incomplete; make it again with `fit --output`") from error
+    if result.ladder.hash() != stated:
+        raise MegamupError(
+            f"--fit: {path}: its points are not those that it was fitted to (data_sha256 {stated[:12]}...); make it "
+            "again with `fit --output`"
+        )
+    return result
 
 
 def _from_json(content: dict[str, Any], folder: Path) -> Result:
-    law = get_law(content["law"])
     points = tuple(
         Point(
             name=point["name"],
             inputs=point["inputs"],
             loss=point["loss"],
             source=None if point["source"] is None else folder / point["source"],
+            run=point["run"],
         )
         for point in content["points"]
     )
-    inputs = np.array([[point.inputs[content["x"]]] for point in points])
-    exponents = np.array([content["parameters"][name] for name in law.exponents])
-    own_unit = law.uncentre(exponents, np.mean(np.log(inputs), axis=0))
-    diagnostics = content["diagnostics"]
+    ladder = Ladder(points, content["convention"])
+    law = get_law(content["law"], content["inputs"][0] if content["law"] == "power" else None)
+    inputs = inputs_of(ladder, law)
+    law = law.bound_to(dict(zip(law.inputs, inputs.T, strict=True)))
+    optimum = content["optimum"]
+    known = ("starts", "share_of_starts_at_optimum", "gradient_norm", "condition_number")
+    diagnostics = Diagnostics(**{key: optimum[key] for key in known}, at_bound=tuple(optimum["at_bound"]))
     fit = Fit(
         law=law,
-        objective=content["objective_name"],
-        inputs=inputs,
-        loss=np.array([point.loss for point in points]),
-        exponents=exponents,
-        coefficients=np.array([content["parameters"][name] for name in law.coefficients]) / own_unit,
-        diagnostics=Diagnostics(**{**diagnostics, "at_bound": tuple(diagnostics["at_bound"])}),
+        objective=get_objective(content["objective_name"]),
+        data=Data(inputs, response_of(ladder, law), ladder.runs),
+        theta=np.array(optimum["theta"]),
+        diagnostics=diagnostics,
     )
+    trials = tuple(Trial(**_infinite(trial)) for trial in content["backtest"]["trials"])
     return Result(
         fit=fit,
-        x=content["x"],
-        ladder=Ladder(points, content["convention"]),
+        ladder=ladder,
         intervals={name: (low, high) for name, (low, high) in content["intervals"].items()},
+        backtest=Backtest(trials, content["backtest"]["folds"]),
+        tried=tuple(Tried(**row) for row in content["tried"]),
+        reason=content["reason"],
         warnings=content["warnings"],
         provenance=content["provenance"],
+        seed=content["seed"],
     )
 
 
-def _interval_warnings(fit: Fit, intervals: dict[str, Interval]) -> list[str]:
-    reason = no_interval_reason(fit)
-    if reason is not None:
-        return [f"no intervals: {reason}"]
-    found = [
-        f"{name} has no bound on one side: its interval reaches the end of the searched exponents; add "
-        "runs over a wider range"
-        for name, ends in intervals.items()
-        if None in ends
-    ]
-    if intervals.get("c", (1.0, 1.0))[0] == 0 and "c" not in fit.diagnostics.at_bound:
-        found.append(
-            "c, the loss that no scale removes, may be 0 within its interval: the range is too narrow to see it"
-        )
-    return found
+def _finite(trial: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity: an open end is null."""
+    return {key: None if value in (float("inf"), float("-inf")) else value for key, value in trial.items()}
+
+
+def _infinite(trial: dict[str, Any]) -> dict[str, Any]:
+    return trial | ({"high": float("inf")} if trial["high"] is None else {})
 
 
 def _relative(path: Path, folder: Path) -> str:

@@ -1,40 +1,61 @@
-"""Runs in: the points that a law is fitted to, from run folders or from a CSV file."""
+"""Runs in: the points that a law is fitted to, from run folders, wandb, TensorBoard or tables."""
 
-import csv
-import difflib
-import io
+from __future__ import annotations
+
+import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-import yaml
+import numpy as np
+from numpy.typing import NDArray
 
 from megamup.errors import MegamupError
+from megamup.scaling.curves import (
+    DEFAULT_SHARE,
+    FINAL,
+    At,
+    FloatArray,
+    Moment,
+    Smoothing,
+    parse_at,
+    parse_smoothing,
+    read_at,
+    smoothed,
+)
+from megamup.scaling.curves import Curve as Curve
+from megamup.scaling.readers import conventions
+from megamup.scaling.readers.columns import QUANTITIES, check_keys
+from megamup.scaling.readers.conventions import AS_IN, NONE
+from megamup.scaling.readers.log import RunLog, listed, matches, nearest
+from megamup.scaling.readers.rows import RowPoint, rows_of, table_convention, tracks_of_rows
+from megamup.scaling.readers.sources import check_excluded, check_unique, find_runs, read_run
+from megamup.scaling.readers.tables import facts_by_run, filtered, histories, read_table
+from megamup.scaling.readers.track import Track, default_columns, track_of
 
-# Share of the training losses at a run's end whose mean stands for its final loss.
-LOSS_TAIL = 0.05
-LOSSES = {
-    "valid_loss": "valid_loss at the final step",
-    "loss": f"mean of the last {LOSS_TAIL:.0%} of the training losses",
-}
-PARAMETER_COUNTS = ("non_embedding", "total")
-INPUTS = ("N", "C", "D")
+LOSSES = {"valid_loss": "held-out loss", "loss": "training loss, smoothed"}
+PARAMETER_COUNTS = conventions.PARAMETER_COUNTS
+DECAYING = ("cosine", "linear", "wsd")
+"""Schedules under which a loss before the end is no final loss of a shorter run."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """One run as a law sees it."""
+    """One measured loss as a law sees it."""
 
     name: str
+    """Unique within a ladder."""
     inputs: dict[str, float]
-    """What is known of N (parameters), C (FLOPs of the whole run) and D (tokens)."""
+    """What is known of N (parameters), D (tokens seen), C (FLOPs), S (optimizer steps), B (batch, tokens a step), U
+    (unique tokens the run could see) and lr (peak)."""
     loss: float
     """Nats per token."""
     source: Path | None = None
-    """The run's folder, where its loss curve lies."""
+    """The run's folder or file, where `read_curve` finds its curve; None for tables."""
+    run: str = ""
+    """The run that it belongs to: points of one curve are no independent evidence. Default `name`."""
 
 
 @dataclass(frozen=True)
@@ -43,73 +64,143 @@ class Ladder:
 
     points: tuple[Point, ...]
     convention: dict[str, str]
-    """What C ("flops"), N ("parameters") and L ("loss") mean for these points."""
+    """What C ("flops"), N ("parameters") and L ("loss") mean for these points; "ratio", what C/(N·D) is where all are
+    known; "reading", how runs were read, for `load_holdout`."""
+    warnings: tuple[str, ...] = ()
 
-    def sorted_by(self, x: str) -> "Ladder":
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def sorted_by(self, x: str) -> Ladder:
         """The same points from the smallest to the largest input `x`."""
-        return Ladder(tuple(sorted(self.points, key=lambda point: point.inputs[x])), self.convention)
+        points = sorted(self.points, key=lambda point: point.inputs[x])
+        return Ladder(tuple(points), self.convention, self.warnings)
+
+    def columns(self, keys: Sequence[str]) -> FloatArray:
+        """Inputs of all points: (points, keys).
+
+        Raises:
+            MegamupError: a point doesn't have one.
+        """
+        for key in keys:
+            lacking = [point.name for point in self.points if key not in point.inputs]
+            if lacking:
+                raise MegamupError(
+                    f"{key} ({QUANTITIES.get(key, 'unknown')}) is not known of {listed(lacking, 5)}; expected it of "
+                    f"every point: say which column it is with --columns {key}=COLUMN, or leave these out by --exclude"
+                )
+        return np.array([[point.inputs[key] for key in keys] for point in self.points]).reshape(-1, len(keys))
+
+    @property
+    def losses(self) -> FloatArray:
+        """(points,)."""
+        return np.array([point.loss for point in self.points])
+
+    @property
+    def runs(self) -> NDArray[np.int64]:
+        """Index of each point's run, in the order in which they first appear: (points,)."""
+        index: dict[str, int] = {}
+        return np.array([index.setdefault(point.run or point.name, len(index)) for point in self.points], np.int64)
+
+    def hash(self) -> str:
+        """SHA-256 of points and conventions, whatever their order and wherever they lie."""
+        rows = [[p.name, p.run or p.name, sorted(p.inputs.items()), p.loss] for p in self.points]
+        counted = {key: self.convention.get(key) for key in conventions.QUANTITY_OF}
+        return hashlib.sha256(json.dumps([sorted(rows), counted], sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
-class Curve:
-    """Training loss (nats per token) against tokens, both of shape (logged steps,)."""
+class Reading:
+    """What is read of runs and tables, and how."""
 
-    tokens: list[float] = field(default_factory=list)
-    loss: list[float] = field(default_factory=list)
+    loss: str = "valid_loss"
+    """One of LOSSES; `--columns L=` names it where it has another name."""
+    parameters: str = "non_embedding"
+    """One of PARAMETER_COUNTS: what N is in runs of ours."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    at: At | None = None
+    """None: the end of a run; every row of a table."""
+    smoothing: Smoothing | None = None
+    """None: over 2% of the tokens for training losses, none otherwise."""
+    stated: Mapping[str, str] = field(default_factory=dict)
+    """Conventions of tables that their user knows."""
+    exclude: Sequence[str] = ()
+    """Names of runs or points to leave out."""
+    where: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Column (or a run's fact) -> the values to keep."""
+    facts: Path | None = None
+    """A table with a row for each run, which gives what logs lack."""
+
+    @property
+    def smooth(self) -> Smoothing:
+        """The smoothing that is used."""
+        if self.smoothing is not None:
+            return self.smoothing
+        return Smoothing("share", DEFAULT_SHARE) if self.loss == "loss" else Smoothing("none")
+
+    @property
+    def defaults(self) -> dict[str, str]:
+        """Column of each quantity in runs of ours."""
+        return default_columns(self.loss, self.parameters)
+
+    def loss_meaning(self, name: str) -> str:
+        """The loss of a curve called `name`, in words."""
+        text = f"{name} {(self.at or FINAL).meaning}"
+        return text if self.smooth.kind == "none" else f"{text}, {self.smooth.meaning}"
+
+    def as_text(self) -> str:
+        """For `from_text`: what held-out runs must be read by, too."""
+        values = {"loss": self.loss, "parameters": self.parameters, "columns": dict(self.columns)}
+        return json.dumps(values | {"at": str(self.at or FINAL), "smooth": str(self.smooth)}, sort_keys=True)
+
+    @staticmethod
+    def from_text(text: str) -> Reading:
+        """The reading of `as_text`."""
+        values = json.loads(text)
+        smoothing, at = parse_smoothing(values.pop("smooth")), parse_at(values.pop("at"))
+        return Reading(**values, at=at, smoothing=smoothing)
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the known name closest to `word`, empty where none is close."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+@dataclass(frozen=True)
+class _Part:
+    """Runs or rows that were read together, and how they were counted."""
+
+    name: str
+    tracks: list[Track]
+    rows: list[RowPoint]
+    convention: dict[str, str]
+    counted: bool
+    """C was counted by the trainer, as its convention says."""
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`, one for each step, in the order of the steps.
-
-    Lines of one step are merged, later over earlier: an evaluation may stand on its own line, and a resumed
-    run writes some steps twice. A half-written last line is what a killed run leaves, and is dropped.
+def load(runs: Sequence[Path], tables: Sequence[Path], reading: Reading) -> Ladder:
+    """Points of runs (folders of ours, offline wandb runs, TensorBoard) and of tables, as one ladder.
 
     Raises:
-        MegamupError: no such file, no complete line in it, or a broken line before the last (file:line).
+        MegamupError: what a reader refuses; a run short of its last step or without its loss there; a moment outside a
+            curve; conventions that differ; a name that is there twice; a name to leave out that isn't there.
     """
-    if not path.is_file():
-        raise MegamupError(f"{path}: no such file; expected the metrics of a run, one JSON object a line")
-    lines = path.read_text(encoding="utf-8", errors="replace").rstrip().split("\n")
-    by_step: dict[float, dict[str, Any]] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        record = _parse_record(line)
-        if record is not None:
-            by_step.setdefault(record["step"], {}).update(record)
-        elif number < len(lines):
-            raise MegamupError(
-                f"{path}:{number}: {line[:60]!r} is no JSON object with a `step`; expected one object a "
-                "line: restore the file, or delete this line if its step is of no use"
-            )
-    if not by_step:
-        raise MegamupError(f"{path}: holds no complete line; the run logged nothing, so leave it out")
-    return [by_step[step] for step in sorted(by_step)]
+    finished = (reading.at or FINAL).kind in ("final", "best", "fraction")
+    parts = _parts(runs, tables, reading, curves=reading.at is not None, finished=finished)
+    points = [Point(row.name, row.inputs, row.loss, run=row.run) for part in parts for row in part.rows]
+    for track in (track for part in parts for track in part.tracks):
+        points += _points(track, reading)
+    return _ladder(points, parts, reading)
 
 
-def _parse_record(line: str) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    is_step = isinstance(record, dict) and isinstance(record.get("step"), int | float)
-    return record if is_step else None
+def load_curves(runs: Sequence[Path], tables: Sequence[Path], reading: Reading) -> tuple[Ladder, list[Curve]]:
+    """Whole curves, smoothed, and a ladder of their last points, one each and in the same order.
 
-
-def read_curve(run: Path) -> Curve:
-    """The training curve of a run folder.
+    Runs may be short of their last step. A table's rows are curves where `run=` names their runs.
 
     Raises:
-        MegamupError: as `read_metrics`.
+        MegamupError: as `load`, except of runs that are short.
     """
-    records = [r for r in read_metrics(run / "metrics.jsonl") if "loss" in r and "tokens" in r]
-    return Curve([float(r["tokens"]) for r in records], [float(r["loss"]) for r in records])
+    parts = _parts(runs, tables, reading, curves=True, finished=False)
+    tracks = [track for part in parts for track in part.tracks]
+    curves = [smoothed(track.curve, reading.smooth) for track in tracks]
+    points = [_point(track, curve.moment(-1), track.name) for track, curve in zip(tracks, curves, strict=True)]
+    return _ladder(points, parts, reading), curves
 
 
 def load_runs(
@@ -119,50 +210,23 @@ def load_runs(
     parameters: str = "non_embedding",
     exclude: Sequence[str] = (),
 ) -> Ladder:
-    """Points from run folders (`config.yaml`, `metrics.jsonl`, `environment.json`).
+    """`load` of runs alone, at their end."""
+    return load(folders, (), Reading(loss=loss, parameters=parameters, exclude=exclude))
 
-    C is the last `flops`, N `parameters.{parameters}` of environment.json, D the last `tokens`. The loss is
-    `valid_loss` at the final step or, with `loss="loss"`, the mean of the last 5% of the training losses.
 
-    Raises:
-        MegamupError: a folder that is no run, a run short of its last step or without the loss asked for,
-            runs whose FLOPs are counted differently, or a name in `exclude` that no folder has.
-    """
-    names = _run_names(folders)
-    _check_excluded(exclude, names)
-    points: list[Point] = []
-    convention_of: dict[str, str] = {}
-    for name, folder in zip(names, folders, strict=True):
-        if name not in exclude:
-            point, convention_of[name] = _load_run(name, folder, loss, parameters)
-            points.append(point)
-    if len(set(convention_of.values())) > 1:
-        counted = ", ".join(f"{name}: {convention}" for name, convention in convention_of.items())
-        raise MegamupError(
-            f"flops_convention: {counted}; expected one convention, as C counted in two ways is no ladder: "
-            "exclude one kind, or train those runs again with one `flops_convention`"
-        )
-    return Ladder(
-        points=tuple(points),
-        convention={
-            "flops": next(iter(convention_of.values()), "none"),
-            "parameters": parameters,
-            "loss": LOSSES[loss],
-        },
-    )
+def load_csv(path: Path, columns: dict[str, str], *, exclude: Sequence[str] = ()) -> Ladder:
+    """`load` of one table alone."""
+    return load((), (path,), Reading(columns=columns, exclude=exclude))
 
 
 def load_holdout(folders: Sequence[Path], ladder: Ladder) -> tuple[Point, ...]:
-    """Points from run folders that `ladder` was not fitted to, counted and read as its own points were.
+    """Points from runs that `ladder` was not fitted to, read as its own runs were.
 
     Raises:
-        MegamupError: as `load_runs`, a run that is among the ladder's, or FLOPs counted in another way.
+        MegamupError: as `load`; a run that is among the ladder's; N, C or L counted in another way.
     """
-    convention = ladder.convention
-    loss = next((key for key, meaning in LOSSES.items() if meaning == convention["loss"]), "valid_loss")
-    counted = convention["parameters"]
-    parameters = counted if counted in PARAMETER_COUNTS else "non_embedding"
-    held = load_runs(folders, loss=loss, parameters=parameters)
+    reading = Reading.from_text(ladder.convention["reading"]) if "reading" in ladder.convention else Reading()
+    held = load(folders, (), reading)
     fitted = {point.source.resolve() for point in ladder.points if point.source is not None}
     for point in held.points:
         if point.source is not None and point.source.resolve() in fitted:
@@ -170,190 +234,138 @@ def load_holdout(folders: Sequence[Path], ladder: Ladder) -> tuple[Point, ...]:
                 f"--holdout: {point.name} is one of the fitted runs; expected runs that the fit has not "
                 f"seen: fit again with --exclude {point.name}"
             )
-    # A ladder from a table states no convention that a run's could be held against.
-    from_runs = any(point.source is not None for point in ladder.points)
-    if from_runs and held.convention["flops"] != convention["flops"]:
-        raise MegamupError(
-            f"--holdout: flops_convention is {held.convention['flops']!r}; expected "
-            f"{convention['flops']!r} as in the fitted runs: their C can't be compared"
-        )
+    conventions.check_same({"the fitted runs": ladder.convention, "held out": held.convention}, "--holdout")
     return held.points
 
 
-def load_csv(path: Path, columns: dict[str, str], *, exclude: Sequence[str] = ()) -> Ladder:
-    """Points from a CSV file with a header; `columns` maps L and some of N, C, D, `name` to its column names.
-
-    Without a `name` column a point is called `row LINE`. The file's FLOPs and loss are taken as they are.
+def read_curve(run: Path) -> Curve:
+    """The training curve of a run, as it was logged.
 
     Raises:
-        MegamupError: no such file or column, a value that is no positive number (file:line), two rows of one
-            name, or a name in `exclude` that no row has.
+        MegamupError: what its reader refuses, or it logs no `loss`.
     """
-    if not path.is_file():
-        raise MegamupError(f"--data: {path} is no file; expected a CSV file with a header line")
-    allowed = ("L", "name", *INPUTS)
-    for key in columns:
-        if key not in allowed:
-            raise MegamupError(f"--columns: {key!r} is unknown; expected {', '.join(allowed)} as KEY=COLUMN")
-    if "L" not in columns or not any(key in columns for key in INPUTS):
-        raise MegamupError(f"--columns: {columns} is not enough; expected L=COLUMN and N=COLUMN or C=COLUMN")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise MegamupError(f"--data: {path} is not UTF-8: byte {error.start}; expected a CSV file") from None
-    with io.StringIO(text, newline="") as file:
-        reader = csv.DictReader(file)
-        present = list(reader.fieldnames or [])
-        for key, column in columns.items():
-            if column not in present:
+    return track_of(read_run(run), {}, default_columns("loss", "non_embedding")).curve
+
+
+def _parts(
+    runs: Sequence[Path], tables: Sequence[Path], reading: Reading, *, curves: bool, finished: bool
+) -> list[_Part]:
+    """Everything read; a table's rows as curves, and runs only where `finished`, as asked."""
+    check_keys(reading.columns)
+    parts: list[_Part] = []
+    names: list[str] = []
+    for path in tables:
+        table = read_table(path)
+        logs = histories(table, reading.columns)
+        if logs:
+            parts += _logged(logs, reading, names, finished)
+            continue
+        prefix = f"{path.stem} " if len(tables) > 1 else ""
+        rows, seen = rows_of(filtered(table, reading.where), reading.columns, reading.exclude, prefix)
+        names += seen
+        convention = conventions.agreed(table_convention(reading.columns), reading.stated, str(path))
+        if curves and convention["loss"].startswith(AS_IN):
+            convention["loss"] = reading.loss_meaning(convention["loss"])
+        tracks = tracks_of_rows(rows, str(path)) if curves else []
+        parts.append(_Part(str(path), tracks, [] if curves else rows, convention, counted=False))
+    found = find_runs(runs)
+    names += found
+    logs = [read_run(path, name) for name, path in found.items() if name not in reading.exclude]
+    if len({log.name for log in logs}) < len(logs):  # wandb may show two runs under one name
+        logs = [replace(log, name=log.source.as_posix() if log.source else log.name) for log in logs]
+    # Beside tables, `--columns` is theirs.
+    parts += _logged(logs, replace(reading, columns={}) if tables else reading, names, finished)
+    check_excluded(reading.exclude, names)
+    if not parts:
+        raise MegamupError(f"--exclude, --where: leave none of {listed(names)}; expected some runs: drop a condition")
+    return parts
+
+
+def _logged(logs: Sequence[RunLog], reading: Reading, names: list[str], finished: bool) -> list[_Part]:
+    """A part for each log that isn't left out; `names` gets them all."""
+    parts = []
+    extra = facts_by_run(reading.facts) if reading.facts is not None else {}
+    for log in logs:
+        names.append(log.name)
+        facts = log.facts | extra.get(log.name, {})
+        for column in reading.where:
+            if column not in facts:
                 raise MegamupError(
-                    f"--columns: {key}={column}: {path} has no column {column!r}{nearest(column, present)}; "
-                    f"it has {', '.join(present)}"
+                    f"--where: {log.name} has no {column!r}{nearest(column, facts)}; it has {listed(facts)}"
                 )
-        rows = [(row, reader.line_num) for row in reader]
-    names = [row[columns["name"]] if "name" in columns else f"row {line}" for row, line in rows]
-    _check_unique(names, f"{path}, column {columns.get('name')}")
-    _check_excluded(exclude, names)
-    points = [
-        _csv_point(name, row, columns, f"{path}:{line}")
-        for name, (row, line) in zip(names, rows, strict=True)
-        if name not in exclude
-    ]
-    convention = {
-        "flops": f"as in column {columns['C']}" if "C" in columns else "none",
-        "parameters": f"as in column {columns['N']}" if "N" in columns else "none",
-        "loss": f"as in column {columns['L']}",
+        if log.name in reading.exclude or not matches(facts, reading.where):
+            continue
+        if finished:
+            _check_finished(log)
+        track = track_of(replace(log, facts=facts), reading.columns, reading.defaults)
+        convention = conventions.agreed(_convention(log, track, reading), reading.stated, log.name)
+        counted = convention["flops"] == log.flops_convention
+        parts.append(_Part(log.name, [track], [], convention, counted))
+    return parts
+
+
+def _convention(log: RunLog, track: Track, reading: Reading) -> dict[str, str]:
+    """How a logged run counts: what it says itself, or the name of what it was read from."""
+    mapped = {key: AS_IN + text for key, text in reading.columns.items()}
+    flops = mapped.get("C", log.flops_convention or f"{AS_IN}{reading.defaults['C']}")
+    return {
+        "flops": flops if np.all(np.isfinite(track.curve.flops)) else NONE,
+        "parameters": mapped.get("N", reading.parameters) if "N" in track.constants else NONE,
+        "loss": reading.loss_meaning(reading.columns.get("L", reading.loss)),
     }
-    return Ladder(points=tuple(points), convention=convention)
 
 
-def _load_run(name: str, folder: Path, loss: str, parameters: str) -> tuple[Point, str]:
-    """The point of one run folder, and how its FLOPs were counted."""
-    steps = _lookup(_read_config(folder / "config.yaml"), ("train", "steps"), folder / "config.yaml")
-    environment = _read_json(folder / "environment.json")
-    count = _lookup(environment, ("parameters", parameters), folder / "environment.json")
-    convention = environment.get("flops_convention")
-    if not isinstance(convention, str):
+def _points(track: Track, reading: Reading) -> list[Point]:
+    """The points of a run that `reading.at` asks for."""
+    where = reading.at or FINAL
+    if where.kind == "final" and reading.loss == "valid_loss" and track.last_loss_step < track.last_step:
         raise MegamupError(
-            f"{folder / 'environment.json'}: flops_convention is {convention!r}; expected its name, such "
-            "as '6N': without it the FLOPs of this run can't be compared with others"
+            f"{track.name}: valid_loss is missing at the final step {track.last_step:g} (last at step "
+            f"{track.last_loss_step:g}); expected an evaluation there: let train.eval_every divide train.steps, fit "
+            "the training loss with --loss loss, or interpolate with --at"
         )
-    metrics = folder / "metrics.jsonl"
-    records = read_metrics(metrics)
-    last = records[-1]["step"]
-    if last < steps:
-        raise MegamupError(
-            f"{name}: stopped at step {last} of {steps} (train.steps); its loss is no final loss: resume "
-            f"it to the end, or leave it out with --exclude {name}"
-        )
-    inputs = {
-        "N": _positive(count, f"{folder / 'environment.json'}: parameters.{parameters}"),
-        "C": _positive(_last(records, "flops"), f"{metrics}: flops"),
-        "D": _positive(_last(records, "tokens"), f"{metrics}: tokens"),
-    }
-    final = _final_valid_loss(name, records) if loss == "valid_loss" else _final_train_loss(records)
-    point = Point(name, inputs, _positive(final, f"{metrics}: {loss} (name {name})"), folder)
-    return point, convention
-
-
-def _final_valid_loss(name: str, records: list[dict[str, Any]]) -> Any:
-    evaluated = [r for r in records if "valid_loss" in r]
-    last = records[-1]["step"]
-    if not evaluated or evaluated[-1]["step"] != last:
-        found = f"last at step {evaluated[-1]['step']}" if evaluated else "nowhere in metrics.jsonl"
-        raise MegamupError(
-            f"{name}: valid_loss is missing at the final step {last} ({found}); expected an evaluation "
-            "there: let train.eval_every divide train.steps, or fit the training loss with --loss loss"
-        )
-    return evaluated[-1]["valid_loss"]
-
-
-def _final_train_loss(records: list[dict[str, Any]]) -> float | None:
-    losses = [r["loss"] for r in records if "loss" in r]
-    tail = losses[-max(1, round(LOSS_TAIL * len(losses))) :]
-    return sum(tail) / len(tail) if tail else None
-
-
-def _last(records: list[dict[str, Any]], key: str) -> Any:
-    return next((r[key] for r in reversed(records) if key in r), None)
-
-
-def _csv_point(name: str, row: dict[str, str], columns: dict[str, str], where: str) -> Point:
-    values = {key: _positive(row[column], f"{where}: {column}") for key, column in columns.items() if key != "name"}
-    loss = values.pop("L")
-    return Point(name, values, loss)
-
-
-def _positive(value: Any, where: str) -> float:
     try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not (math.isfinite(number) and number > 0):
+        moments = read_at(smoothed(track.curve, reading.smooth), where, warmup_steps=track.warmup_steps)
+    except MegamupError as error:
+        raise MegamupError(f"{track.name}: {error}") from None
+    if len(moments) == 1:
+        return [_point(track, moments[0], track.name)]
+    return [_point(track, moment, f"{track.name} {i}/{len(moments)}") for i, moment in enumerate(moments, start=1)]
+
+
+def _check_finished(log: RunLog) -> None:
+    last, planned = log.records[-1]["step"], log.planned_steps
+    if planned is not None and last < planned:
         raise MegamupError(
-            f"{where} is {value!r}; expected a finite number above 0: correct it, or leave this point out "
-            "with --exclude"
+            f"{log.name}: stopped at step {last:g} of {planned:g} (train.steps); its loss is no final loss: resume it "
+            f"to the end, or leave it out with --exclude {log.name}"
         )
-    return number
 
 
-def _run_names(folders: Sequence[Path]) -> list[str]:
-    for folder in folders:
-        if not (folder / "metrics.jsonl").is_file():
-            inside = sorted(path.parent.name for path in folder.glob("*/metrics.jsonl"))
-            advice = (
-                f"it holds the runs {', '.join(inside)}: give {folder}/*"
-                if inside
-                else "a run's folder has config.yaml, metrics.jsonl and environment.json"
-            )
-            raise MegamupError(f"--runs: {folder} is no run folder; {advice}")
-    resolved = [str(folder.resolve()) for folder in folders]
-    _check_unique(resolved, "--runs")
-    names = [folder.resolve().name for folder in folders]
-    # Two studies may use one name for a run: then the whole path is the name.
-    return names if len(set(names)) == len(names) else [folder.as_posix() for folder in folders]
+def _point(track: Track, moment: Moment, name: str) -> Point:
+    measured = {"D": moment.tokens, "C": moment.flops, "S": moment.step}
+    inputs = track.constants | {key: value for key, value in measured.items() if math.isfinite(value)}
+    return Point(name, inputs, moment.loss, track.source, track.name)
 
 
-def _check_unique(names: Sequence[str], where: str) -> None:
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise MegamupError(f"{where}: {twice[0]!r} is given twice; expected every run once: drop one")
+def _ladder(points: Sequence[Point], parts: Sequence[_Part], reading: Reading) -> Ladder:
+    """Points as one ladder, once they are known to be counted alike."""
+    check_unique([point.name for point in points], "names of runs")
+    convention = conventions.check_same({part.name: part.convention for part in parts})
+    convention["reading"] = reading.as_text()
+    if points and all({"N", "D", "C"} <= point.inputs.keys() for point in points):
+        n, d, c = np.array([[point.inputs[key] for key in "NDC"] for point in points]).T
+        counted = all(part.counted for part in parts)
+        convention["ratio"] = conventions.flops_ratio(n, d, c, convention, counted=counted)
+    return Ladder(tuple(points), convention, _warnings(parts, reading))
 
 
-def _check_excluded(exclude: Sequence[str], names: Sequence[str]) -> None:
-    for name in exclude:
-        if name not in names:
-            raise MegamupError(
-                f"--exclude: no run is called {name!r}{nearest(name, names)}; there are {', '.join(names)}"
-            )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise MegamupError(f"{path}: no such file; expected what the trainer writes into a run's folder") from error
-    except ValueError as error:
-        raise MegamupError(f"{path}: is not JSON ({error}); restore it, or leave this run out") from error
-    return content if isinstance(content, dict) else {}
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise MegamupError(f"{path}: no such file; expected the run's resolved config") from error
-    except yaml.YAMLError as error:
-        raise MegamupError(f"{path}: is not YAML ({error}); restore it, or leave this run out") from error
-    return content if isinstance(content, dict) else {}
-
-
-def _lookup(content: dict[str, Any], keys: Sequence[str], path: Path) -> float:
-    value: Any = content
-    for key in keys:
-        value = value.get(key) if isinstance(value, dict) else None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise MegamupError(
-            f"{path}: {'.'.join(keys)} is {value!r}; expected a number: restore the file, or leave this run out"
-        )
-    return value
+def _warnings(parts: Sequence[_Part], reading: Reading) -> tuple[str, ...]:
+    schedules = {track.schedule for part in parts for track in part.tracks if track.schedule in DECAYING}
+    if reading.at is None or reading.at.kind == "final" or not schedules:
+        return ()
+    kinds = ", ".join(sorted(str(kind) for kind in schedules))
+    return (
+        f"losses are read before the end of runs whose rate decays (schedule.kind={kinds}): a run planned to "
+        "end there would be lower (Hoffmann et al. 2022, section 3.1)",
+    )

@@ -77,6 +77,9 @@ def table_lines(study: Study, planned: Sequence[Trial], promoted: Sequence[Trial
     """The study as text, best first; where trials were promoted, both stages with the rank in the other one."""
     first, second = ranked(study, planned), ranked(study, promoted)
     best, remark = choose(study, second or first)
+    if study.ladder is not None:  # of models of many sizes none is the best
+        yield from stage_lines(study, first, None)
+        return
     if second:
         yield from stage_lines(study, first, None, "promoted", second)
         yield ""
@@ -111,7 +114,8 @@ def stage_lines(
 def write_results(study: Study, planned: Sequence[Trial], promoted: Sequence[Trial] = ()) -> Path:
     """Write ``results.json`` and ``best.yaml`` (what the best trial sets, ready to be merged after its configs).
 
-    Every worker of a study writes the same, whole. Returns the path of best.yaml.
+    Every worker of a study writes the same, whole. Returns the path of best.yaml; a ladder, whose trials are no rivals,
+    has none, and returns that of results.json.
 
     Raises:
         MegamupError: every trial diverged.
@@ -125,6 +129,8 @@ def write_results(study: Study, planned: Sequence[Trial], promoted: Sequence[Tri
         entry = {"trial": row.trial.name, **row.entry(study.metric), **row.trial.overrides}
         results.append(entry | ({"promoted": again[row.trial.name]} if row.trial.name in again else {}))
     write_json_atomic(folder / "results.json", results)
+    if study.ladder is not None:
+        return folder / "results.json"
     nested: dict[str, Any] = {}
     for key, value in best.trial.overrides.items():
         merge(nested, parse_override(f"{key}={json.dumps(value)}"))

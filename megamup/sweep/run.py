@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import sys
@@ -14,15 +15,16 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megamup.config import merge, read_yaml
 from megamup.errors import MegamupError
 from megamup.files import write_json_atomic
 from megamup.sweep import search
 from megamup.sweep.journal import Board, Claim, Stage
 from megamup.sweep.processes import Running, parallel_jobs, start_trial
-from megamup.sweep.results import ranked
+from megamup.sweep.results import ranked, write_results
 from megamup.sweep.stability import diverging
 from megamup.sweep.study import Study
-from megamup.sweep.trial import Record, Trial, make_trial, trials
+from megamup.sweep.trial import Record, Trial, make_trial, trials, tuning_study, tuning_trials
 
 LOOK_S = 1.0
 """Seconds between looks at the journal while there is nothing to take from it."""
@@ -38,6 +40,8 @@ def complete(study: Study, base: dict[str, Any]) -> tuple[list[Trial], list[Tria
         MegamupError: a point is no valid config (before any is run), or a trial failed; others' results are kept.
     """
     planned = known_trials(study, base)
+    if study.tune:
+        planned = trials(study, tuned(study, base))
     planned = run_study(study, planned) if study.search is None else run_search(study, base, planned[0])
     second = promoted(study, base, planned)
     return planned, run_study(study, second, "promoted") if second else []
@@ -47,6 +51,7 @@ def known_trials(study: Study, base: dict[str, Any]) -> list[Trial]:
     """The trials that are known beforehand: the grid's, or one corner of the search; with them their promotion."""
     if study.search is None:
         known = trials(study, base)
+        tuning_trials(study, base)
     else:
         search.check_space(study, base)
         corner = {axis: search.draws(axis, values)[0] for axis, values in study.search.space.items()}
@@ -54,6 +59,15 @@ def known_trials(study: Study, base: dict[str, Any]) -> list[Trial]:
     for trial in known if study.promote else []:
         promote(study, base, trial)
     return known
+
+
+def tuned(study: Study, base: dict[str, Any]) -> dict[str, Any]:
+    """Run the grid of ``tune``, and write its own results; returns the configs with its best."""
+    tuning = tuning_study(study)
+    best = write_results(tuning, run_study(tuning, tuning_trials(study, base)))
+    together = copy.deepcopy(base)
+    merge(together, read_yaml(best))
+    return together
 
 
 def run_study(study: Study, planned: Sequence[Trial], stage: str = "grid") -> list[Trial]:

@@ -13,6 +13,7 @@ from pydantic import Discriminator, Field, Tag, ValidationError, field_validator
 from megamup.config import describe, merge, parse_override, read_yaml
 from megamup.errors import MegamupError
 from megamup.sections import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
+from megamup.sweep.ladder import KINDS, AnyLadder
 
 Scalar = str | int | float | bool | None
 GridValue = Annotated[dict[str, Any], Field(min_length=1)] | Scalar | list[Any]
@@ -40,7 +41,7 @@ Dimension = Annotated[
     Annotated[Range, Tag("range")] | Annotated[Axis, Tag("choices")],
     Discriminator(lambda value: "range" if isinstance(value, dict | Range) else "choices"),
 ]
-TAGS = ("range", "choices")
+TAGS = ("range", "choices", *KINDS)
 
 
 class Search(Section):
@@ -119,6 +120,10 @@ class Study(Section):
     """Axis -> values. An axis is a config key, or any name whose values are ``{key: value, ...}`` set together."""
     search: Search | None = None
     """Instead of a grid: trials that a sampler draws."""
+    ladder: AnyLadder | None = None
+    """Runs for a scaling law, sized from a budget (megamup/sweep/ladder.py); with a ``grid``, each at every point."""
+    tune: dict[str, Axis] = Field(default={})
+    """Axis -> values: a grid at the ladder's smallest model first, whose best all its runs take (Yao et al. 2023)."""
     metric: str = "valid_loss"
     """Key of metrics.jsonl whose last value is minimised."""
     ranks: Positive = 1
@@ -138,20 +143,29 @@ class Study(Section):
 
     @model_validator(mode="after")
     def check_one_kind(self) -> Study:
-        if bool(self.grid) == (self.search is not None):
+        if self.ladder is None and bool(self.grid) == (self.search is not None):
             found = "both" if self.grid else "neither"
             raise ValueError(f"grid, search: found {found}; give `grid` (axis: values) or `search` (sampler, space)")
+        if self.ladder is not None and (self.search or self.promote or self.curves):
+            raise ValueError("ladder: goes with grid and tune alone; leave out search, promote and curves")
+        if self.tune and self.ladder is None:
+            raise ValueError("tune: is a ladder's first step; give `ladder`, or call it `grid`")
         return self
 
 
-def load_study(path: Path, overrides: Sequence[str] = ()) -> tuple[Study, dict[str, Any]]:
-    """Read a study file and its run configs; overrides go on top of these.
+def load_study(path: Path, overrides: Sequence[str] = (), budget: float | None = None) -> tuple[Study, dict[str, Any]]:
+    """Read a study file and its run configs; overrides go on top of these, ``budget`` in place of the ladder's.
 
     Raises:
         MegamupError: a wrong key or value, one line each.
     """
+    values = read_yaml(path)
+    if budget is not None:
+        if not isinstance(values.get("ladder"), dict):
+            raise MegamupError(f"--budget: {path} has no ladder, whose budget it would be; leave it out")
+        values["ladder"]["budget"] = budget
     try:
-        study = Study.model_validate(read_yaml(path))
+        study = Study.model_validate(values)
     except ValidationError as error:
         lines = []
         for problem in error.errors():

@@ -12,9 +12,13 @@ from typing import Any
 
 from megamup.config import Config, config_from, merge, parse_override, read_yaml
 from megamup.errors import MegamupError
+from megamup.sweep.ladder import ScaleD
+from megamup.sweep.sizing import Rung, rungs
 from megamup.sweep.study import Study
 
 Record = dict[str, Any]
+SIZES = ("batch.global_sequences", "data.seq_len", "train.flops_convention", "parallel.tensor")
+"""Config keys besides the model's that a ladder's size rests on."""
 
 
 @dataclass(frozen=True)
@@ -61,20 +65,83 @@ class Trial:
 
 
 def trials(study: Study, base: dict[str, Any]) -> list[Trial]:
-    """Every point of the grid as a checked config, in the order of the file.
+    """Every run of the ladder at every point of the grid as a checked config, in the order of the file.
 
     Raises:
-        MegamupError: a point is no valid config; all are checked before any is run.
+        MegamupError: a point is no valid config, or the ladder's budget is too small; all before any is run.
     """
     found = []
-    for point in itertools.product(*study.grid.values()):
-        overrides: dict[str, Any] = {}
-        names = []
-        for axis, value in zip(study.grid, point, strict=True):
-            setting: dict[str, Any] = value if isinstance(value, dict) else {axis: value}
-            overrides |= setting
-            names.append(label(setting, study.grid[axis]))
-        found.append(make_trial(study.name, base, ",".join(names), overrides))
+    for rung in study_rungs(study, base):
+        for name, overrides in grid_points(study.grid):
+            both = [part for part in (rung.name, name) if part]
+            found.append(make_trial(study.name, base, ",".join(both), rung.settings | overrides))
+    return found
+
+
+def tuning_study(study: Study) -> Study:
+    """A ladder's ``tune`` as a grid study of its own."""
+    return study.model_copy(update={"name": f"{study.name}/tune", "ladder": None, "tune": {}, "grid": study.tune})
+
+
+def tuning_trials(study: Study, base: dict[str, Any]) -> list[Trial]:
+    """The grid of ``tune`` at the ladder's last run, the smallest model's; raises as `trials`."""
+    smallest, (_, first) = study_rungs(study, base)[-1].settings, grid_points(study.grid)[0]
+    return [
+        make_trial(tuning_study(study).name, base, name, overrides, smallest | first)
+        for name, overrides in (grid_points(study.tune) if study.tune else [])
+    ]
+
+
+def study_rungs(study: Study, base: dict[str, Any]) -> list[Rung]:
+    """The ladder's runs, largest model first; without a ladder one that sets nothing.
+
+    Raises:
+        MegamupError: see `rungs`; or the grid sets what the ladder does.
+    """
+    if study.ladder is None:
+        return [Rung("", {})]
+    try:
+        config = config_from(base)
+    except MegamupError as error:
+        raise MegamupError(f"{study.name}, its configs: {error}") from None
+    tuned = grid_points(study.tune) if study.tune else []
+    found = rungs(
+        study.ladder,
+        config,
+        copies=len(grid_points(study.grid)),
+        tuning=len(tuned),
+        corpus_tokens=corpus_tokens(config) if isinstance(study.ladder, ScaleD) else 0,
+    )
+    for key in sorted({key for _, overrides in [*grid_points(study.grid), *tuned] for key in overrides}):
+        if key in found[0].settings or key.startswith("model.") or key in SIZES:
+            raise MegamupError(f"{key}: the grid sets what the ladder does, or what its size rests on; leave it to one")
+    return found
+
+
+def corpus_tokens(config: Config) -> int:
+    """Tokens of ``data.train``.
+
+    Raises:
+        MegamupError: a corpus is missing or broken, or has a share of its own.
+    """
+    from megamup.data.corpus import Corpus
+
+    if any(source.fraction is not None for source in config.data.train_sources):
+        raise MegamupError(
+            "data.train: a source's own fraction overrules data.fraction, which scale_D sets: leave it out"
+        )
+    return sum(Corpus(source.prefix).n_tokens for source in config.data.train_sources)
+
+
+def grid_points(grid: Mapping[str, Sequence[Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """(name, config keys) of every point; of an empty grid one that sets nothing."""
+    found = []
+    for values in itertools.product(*grid.values()):
+        settings: list[dict[str, Any]] = [
+            value if isinstance(value, dict) else {axis: value} for axis, value in zip(grid, values, strict=True)
+        ]
+        names = [label(setting, grid[axis]) for axis, setting in zip(grid, settings, strict=True)]
+        found.append((",".join(names), {key: value for setting in settings for key, value in setting.items()}))
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,13 +88,13 @@ def train_step(run: Training, step: int) -> dict[str, float]:
     if due.monitor:
         values |= run.monitor.values()
     if due.evaluation:
-        with run.recorder.pause():
+        with run.recorder.pause("evaluation"):
             values["valid_loss"] = finite(evaluate(run), step + 1, config)
     record = run.recorder.step(step + 1, **values)
     if (
         due.save
     ):  # after the record: a resumption cuts the metrics back to its checkpoint, and can't add what is missing
-        with run.recorder.pause():
+        with run.recorder.pause("saving"):
             checkpoint.save(run.engine, config.run.folder / "checkpoints", step + 1, config)
     return record
 
@@ -162,6 +163,7 @@ def batch_streams(
 
 def start(config: Config, world_size: int, resumed: tuple[int, Path] | None) -> Training:
     """Join the process group, build this rank's part and restore a checkpoint. Collective."""
+    began = time.time()
     device = distributed.join()
     mesh = build_mesh(config.parallel.tensor, config.parallel.pipeline)
     data = open_run_data(config)
@@ -179,6 +181,7 @@ def start(config: Config, world_size: int, resumed: tuple[int, Path] | None) -> 
     if first:
         environment = run_folder.environment(config, checkpoint.layout(config, world_size), peak)
         run_folder.prepare(config, consumed.record(config, data), environment, step)
+        run_folder.record_start(config, step, began)
         if resumed:
             print(f"resuming from {resumed[1]}", flush=True)
         print("\n".join(data.summary(config.train.steps * config.batch.global_sequences)), flush=True)

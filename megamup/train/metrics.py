@@ -8,7 +8,7 @@ import resource
 import shutil
 import sys
 import time
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,8 @@ from megamup.config import Config
 from megamup.errors import OneRankError
 from megamup.flops import flops_per_token, known_peak, mfu_percent
 from megamup.train.copies import Copies
+
+PauseCause = Literal["evaluation", "saving"]
 
 
 def peak_flops(config: Config, device: torch.device) -> dict[str, Any]:
@@ -61,6 +63,7 @@ class Recorder:
     def __init__(self, config: Config, peak: float, start_step: int, writes: bool, device: torch.device) -> None:
         self.config, self.peak, self.writes, self.device = config, peak, writes, device
         self.last_step, self.last_time = start_step, time.perf_counter()
+        self.paused: dict[str, float] = {}
         self.step_flops = config.batch_tokens * flops_per_token(
             config.model, config.seq_len, config.train.flops_convention
         )
@@ -73,9 +76,12 @@ class Recorder:
         self.bar = tqdm(total=config.train.steps, initial=start_step, disable=not wide, bar_format=shape)
         self.started, self.first_step = self.last_time, start_step
 
-    def pause(self) -> Pause:
-        """``with recorder.pause():`` keeps evaluation and saving out of the throughput."""
-        return Pause(self)
+    def pause(self, cause: PauseCause) -> Pause:
+        """``with recorder.pause("saving"):`` keeps evaluation and saving out of the throughput.
+
+        The next record has the seconds that it took, as ``saving_s``.
+        """
+        return Pause(self, cause)
 
     def step(self, step: int, **values: float) -> dict[str, float]:
         """Record the step that was just finished."""
@@ -90,7 +96,10 @@ class Recorder:
             "tokens_per_s": tokens_per_s,
             "mfu_percent": mfu_percent(tokens_per_s, self.config.model, self.config.seq_len, self.peak),
             "memory_peak_gib": memory_peak_gib(self.device),
+            "time_unix_s": time.time(),
+            **{f"{cause}_s": seconds for cause, seconds in self.paused.items()},
         }
+        self.paused.clear()
         self.write(record)
         return record
 
@@ -133,11 +142,13 @@ class Recorder:
 class Pause:
     """Time inside is not the training steps'."""
 
-    def __init__(self, recorder: Recorder) -> None:
-        self.recorder = recorder
+    def __init__(self, recorder: Recorder, cause: PauseCause) -> None:
+        self.recorder, self.cause = recorder, cause
 
     def __enter__(self) -> None:
         self.start = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
-        self.recorder.last_time += time.perf_counter() - self.start
+        seconds = time.perf_counter() - self.start
+        self.recorder.last_time += seconds
+        self.recorder.paused[self.cause] = self.recorder.paused.get(self.cause, 0.0) + seconds

@@ -1,4 +1,4 @@
-"""A run's folder: resolved config, environment, metrics, checkpoints; and whether to start, resume or refuse."""
+"""A run's folder: config, environment, starts, metrics, checkpoints; and whether to start, resume or refuse."""
 
 from __future__ import annotations
 
@@ -108,6 +108,15 @@ def prepare(config: Config, data: dict[str, Any], environment: dict[str, Any], r
         except (json.JSONDecodeError, KeyError):
             continue  # the line that a killed run left half-written
     write_text_atomic(metrics, "".join(kept) if resumed_step else "")
+
+
+def record_start(config: Config, step: int, time_unix_s: float) -> None:
+    """Add a line to ``starts.jsonl``: when the run was started or resumed, and from which step (rank 0).
+
+    `metrics.jsonl` is cut back on resumption; this is not, so that time which was lost stays known.
+    """
+    with open(config.run.folder / "starts.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": step, "time_unix_s": time_unix_s}) + "\n")
 
 
 def environment(config: Config, layout: dict[str, Any], peak: dict[str, Any]) -> dict[str, Any]:

@@ -42,10 +42,17 @@ def make_run(tmp_path: Path) -> MakeRun:
         noise: float = 0.0,
         convention: str = "6N",
         valid_loss: bool = True,
+        schedule: str = "constant",
+        samples: dict[str, tuple[int, float]] | None = None,
     ) -> Path:
         folder = tmp_path / name
         folder.mkdir(parents=True)
-        folder.joinpath("config.yaml").write_text(yaml.safe_dump({"run": {"name": name}, "train": {"steps": steps}}))
+        config = {"run": {"name": name}, "train": {"steps": steps}, "optim": {"lr": 2e-3}}
+        config["schedule"] = {"kind": schedule, "warmup_steps": steps // 5}
+        folder.joinpath("config.yaml").write_text(yaml.safe_dump(config))
+        if samples is not None:  # of each source: how many of 64 tokens, and its weight
+            train = [{"name": key, "samples": count, "weight": weight} for key, (count, weight) in samples.items()]
+            folder.joinpath("data.json").write_text(json.dumps({"version": 1, "seq_len": 64, "train": train}))
         counts = {"total": int(parameters * 1.5), "non_embedding": int(parameters)}
         environment = {"flops_convention": convention, "parameters": counts}
         folder.joinpath("environment.json").write_text(json.dumps(environment))

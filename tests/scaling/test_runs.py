@@ -1,4 +1,4 @@
-"""Run folders and CSV files in, and what each bad one is told."""
+"""Run folders and tables in, and what each bad one is told."""
 
 import json
 from collections.abc import Callable
@@ -7,7 +7,19 @@ from pathlib import Path
 import pytest
 
 from megamup.errors import MegamupError
-from megamup.scaling.runs import load_csv, load_holdout, load_runs, read_curve, read_metrics
+from megamup.scaling.curves import parse_at, parse_smoothing, smoothed
+from megamup.scaling.readers.run_folder import read_metrics
+from megamup.scaling.runs import (
+    Ladder,
+    Point,
+    Reading,
+    load,
+    load_csv,
+    load_curves,
+    load_holdout,
+    load_runs,
+    read_curve,
+)
 
 MakeRun = Callable[..., Path]
 
@@ -24,19 +36,98 @@ def test_a_run_is_its_last_flops_its_parameters_and_its_last_valid_loss(
     ladder = load_runs([make_run("small", parameters=2e6)])
     (point,) = ladder.points
     assert point.name == "small"
-    assert point.inputs == {"N": 2e6, "C": pytest.approx(6 * 2e6 * 4e7), "D": pytest.approx(4e7)}
+    assert point.inputs == {
+        "N": 2e6,
+        "C": pytest.approx(6 * 2e6 * 4e7),
+        "D": pytest.approx(4e7),
+        "S": 100,
+        "B": pytest.approx(4e5),
+        "lr": 2e-3,
+    }
     expected_loss = truth["a"] * point.inputs["C"] ** truth["b"] + truth["c"]
     assert point.loss == pytest.approx(expected_loss)
     expected = {"flops": "6N", "parameters": "non_embedding", "loss": "valid_loss at the final step"}
-    assert ladder.convention == expected
+    assert ladder.convention.items() >= expected.items()
+    assert ladder.convention["ratio"] == "C/(N·D) = 6"
 
 
-def test_training_loss_is_the_mean_of_the_last_five_percent(make_run: MakeRun) -> None:
+def test_training_loss_is_smoothed_and_says_how(make_run: MakeRun) -> None:
     run = make_run("a")
-    losses = [record["loss"] for record in read_metrics(run / "metrics.jsonl")]
     ladder = load_runs([run], loss="loss")
-    assert ladder.points[0].loss == pytest.approx(sum(losses[-5:]) / 5)
-    assert ladder.convention["loss"] == "mean of the last 5% of the training losses"
+    assert ladder.points[0].loss == smoothed(read_curve(run), parse_smoothing("share=0.02")).loss[-1]
+    assert ladder.convention["loss"] == (
+        "loss at the final step, debiased EMA with a half-life of 0.02 of the tokens seen"
+    )
+
+
+def test_unique_tokens_are_those_of_the_share_of_the_corpus(make_run: MakeRun) -> None:
+    (point,) = load_runs([make_run("a", samples={"code": (1000, 1.0)})]).points
+    assert point.inputs["U"] == 64_000
+
+
+def test_unique_tokens_of_a_blend_are_those_seen(make_run: MakeRun) -> None:
+    # 2e7 tokens, half of each source: one is repeated, the other isn't used up.
+    run = make_run("a", samples={"small": (1000, 1.0), "large": (10**9, 1.0)})
+    assert load_runs([run]).points[0].inputs["U"] == pytest.approx(64_000 + 1e7)
+
+
+def test_a_run_may_be_read_anywhere_on_its_curve(make_run: MakeRun) -> None:
+    runs = [make_run("a"), make_run("b", last_step=60)]
+    reading = Reading(loss="loss", at=parse_at("tokens=1e7"), smoothing=parse_smoothing("none"))
+    ladder = load(runs, (), reading)
+    assert [point.inputs["D"] for point in ladder.points] == [1e7, 1e7]
+    assert ladder.points[0].inputs["S"] == pytest.approx(50)
+    assert ladder.points[0].loss == pytest.approx(read_curve(runs[0]).loss[49])
+    assert ladder.convention["loss"] == "loss at 1e+07 tokens, interpolated in log tokens"
+    with pytest.raises(MegamupError, match=r"b: --at: step=90 is outside the curve, which goes from 1 to 60"):
+        load(runs, (), Reading(loss="loss", at=parse_at("step=90")))
+
+
+def test_points_of_one_curve_share_their_run(make_run: MakeRun) -> None:
+    ladder = load([make_run("a"), make_run("b")], (), Reading(loss="loss", at=parse_at("curve:4")))
+    assert [point.name for point in ladder.points[:4]] == ["a 1/4", "a 2/4", "a 3/4", "a 4/4"]
+    assert ladder.runs.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert ladder.points[0].inputs["S"] == 20  # the end of warm-up
+    assert ladder.points[3].inputs["S"] == 100
+
+
+def test_the_least_loss_of_a_run_that_overfits(make_run: MakeRun) -> None:
+    run = make_run("a")
+    with run.joinpath("metrics.jsonl").open("a") as file:
+        file.write('{"step": 100, "valid_loss": 9.0}\n')
+    (point,) = load([run], (), Reading(at=parse_at("best"))).points
+    assert (point.inputs["S"], point.loss < 9) == (50, True)
+
+
+def test_points_before_the_end_of_a_decaying_rate_are_warned_of(make_run: MakeRun) -> None:
+    run, reading = make_run("a", schedule="cosine"), Reading(loss="loss", at=parse_at("fraction=0.5"))
+    assert "schedule.kind=cosine" in load([run], (), reading).warnings[0]
+    assert load_runs([run]).warnings == ()
+    assert load([make_run("b")], (), reading).warnings == ()
+
+
+def test_whole_curves_come_with_what_is_constant_in_their_runs(make_run: MakeRun) -> None:
+    ladder, (curve,) = load_curves([make_run("a", last_step=60)], (), Reading(loss="loss"))
+    assert len(curve) == 60
+    assert ladder.points[0].loss == curve.loss[-1]
+    assert ladder.columns(["N", "B", "lr", "S"]).tolist() == [[1e6, pytest.approx(2e5), 2e-3, 60]]
+
+
+def test_a_folder_of_runs_stands_for_its_runs(make_run: MakeRun) -> None:
+    folder = make_run("b").parent
+    make_run("a")
+    folder.joinpath("study.journal").write_text("")
+    assert [point.name for point in load_runs([folder]).points] == ["a", "b"]
+
+
+def test_runs_are_kept_by_their_facts(make_run: MakeRun) -> None:
+    runs = [make_run("a", schedule="wsd"), make_run("b")]
+    reading = Reading(where={"schedule.kind": ("wsd",)})
+    assert [point.name for point in load(runs, (), reading).points] == ["a"]
+    with pytest.raises(MegamupError, match=r"--where: a has no 'schedule\.kinds'; did you mean 'schedule\.kind'"):
+        load(runs, (), Reading(where={"schedule.kinds": ("wsd",)}))
+    with pytest.raises(MegamupError, match=r"--exclude, --where: leave none of a, b"):
+        load(runs, (), Reading(where={"schedule.kind": ("linear",)}))
 
 
 def test_total_parameters_are_counted_when_asked(make_run: MakeRun) -> None:
@@ -99,7 +190,7 @@ def test_an_excluded_name_that_no_run_has_is_refused(make_run: MakeRun) -> None:
 
 
 def test_mixed_conventions_are_refused(make_run: MakeRun) -> None:
-    with pytest.raises(MegamupError, match=r"flops_convention: a: 6N, b: palm; expected one convention"):
+    with pytest.raises(MegamupError, match=r"convention: flops: a: 6N, b: palm; expected one, .* --convention flops"):
         load_runs([make_run("a"), make_run("b", convention="palm")])
 
 
@@ -114,14 +205,13 @@ def test_a_diverged_run_is_refused(make_run: MakeRun) -> None:
     run = make_run("a")
     with run.joinpath("metrics.jsonl").open("a") as file:
         file.write('{"step": 100, "valid_loss": NaN}\n')
-    with pytest.raises(MegamupError, match=r"valid_loss \(name a\) is nan; expected a finite number above 0"):
+    with pytest.raises(MegamupError, match=r"step 100 \(name a\): valid_loss is nan; expected a finite number above 0"):
         load_runs([run])
 
 
-def test_a_folder_of_runs_is_refused_with_the_runs_in_it(make_run: MakeRun) -> None:
-    folder = make_run("a").parent
-    with pytest.raises(MegamupError, match=r"is no run folder; it holds the runs a: give .*/\*"):
-        load_runs([folder])
+def test_a_folder_without_runs_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MegamupError, match=r"--runs: .* is no run folder, nor holds any; a run's folder has config"):
+        load_runs([tmp_path])
 
 
 def test_a_run_given_twice_is_refused(make_run: MakeRun) -> None:
@@ -182,9 +272,47 @@ def test_a_fitted_run_is_not_held_out(ladder: list[Path]) -> None:
         load_holdout(ladder[:1], load_runs(ladder))
 
 
+def test_held_out_runs_are_read_at_the_same_moment(ladder: list[Path]) -> None:
+    reading = Reading(loss="loss", at=parse_at("fraction=0.5"), smoothing=parse_smoothing("weight=0.9"))
+    (held,) = load_holdout(ladder[-1:], load(ladder[:-1], (), reading))
+    assert held == load(ladder[-1:], (), reading).points[0]
+
+
 def test_a_held_out_run_of_another_convention_is_refused(ladder: list[Path], make_run: MakeRun) -> None:
-    with pytest.raises(MegamupError, match=r"flops_convention is 'palm'; expected '6N'"):
+    with pytest.raises(MegamupError, match=r"--holdout: flops: the fitted runs: 6N, held out: palm; expected one"):
         load_holdout([make_run("other", convention="palm")], load_runs(ladder))
+
+
+def test_runs_and_a_table_are_one_ladder_where_the_table_is_known_to_count_alike(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    run, table = make_run("a"), tmp_path / "t.csv"
+    table.write_text("name,n,d,flops,loss\nb,1e7,2e8,1.2e16,2.5\n")
+    columns = {"name": "name", "N": "n", "D": "d", "C": "flops", "L": "loss"}
+    with pytest.raises(MegamupError, match=r"flops: .*t\.csv: as in column flops, a: 6N; expected one"):
+        load([run], [table], Reading(columns=columns))
+    stated = {"flops": "6N", "parameters": "non_embedding", "loss": "valid_loss at the final step"}
+    ladder = load([run], [table], Reading(columns=columns, stated=stated))
+    assert [point.name for point in ladder.points] == ["b", "a"]
+    assert ladder.convention["ratio"] == "C/(N·D) = 6 (6ND)"
+    with pytest.raises(MegamupError, match=r"--convention: flops=palm, but a says '6N'"):
+        load([run], [table], Reading(columns=columns, stated=stated | {"flops": "palm"}))
+
+
+def test_a_ladder_says_what_is_not_known() -> None:
+    ladder = Ladder((Point("a", {"N": 1.0, "D": 2.0}, 3.0), Point("b", {"N": 1.0}, 3.0)), {})
+    assert ladder.columns(["N"]).tolist() == [[1.0], [1.0]]
+    with pytest.raises(MegamupError, match=r"D \(tokens seen\) is not known of b; expected .* --columns D=COLUMN"):
+        ladder.columns(["N", "D"])
+
+
+def test_the_hash_is_of_the_data_and_of_how_it_counts() -> None:
+    points = (Point("a", {"N": 1.0, "D": 2.0}, 3.0), Point("b", {"N": 2.0, "D": 2.0}, 2.5))
+    ladder = Ladder(points, {"flops": "6N"})
+    moved = (Point("b", {"D": 2.0, "N": 2.0}, 2.5, Path("x"), "b"), points[0])
+    assert Ladder(moved, {"flops": "6N"}).hash() == ladder.hash()
+    assert Ladder(points, {"flops": "palm"}).hash() != ladder.hash()
+    assert Ladder((points[0], Point("b", {"N": 2.0, "D": 2.0}, 2.51)), {"flops": "6N"}).hash() != ladder.hash()
 
 
 @pytest.fixture
@@ -215,8 +343,9 @@ def test_csv_rows_without_a_name_are_called_by_their_line(table: Path) -> None:
             r"C=flop: .* no column 'flop'; did you mean 'flops'\?; it has run, ",
         ),
         ({"C": "flops"}, r"is not enough; expected L=COLUMN and N=COLUMN or C=COLUMN"),
-        ({"C": "flops", "loss": "final_loss"}, r"'loss' is unknown; expected L, name, N, C, D"),
+        ({"C": "flops", "loss": "final_loss"}, r"'loss' is unknown; expected L, N, D, C, S, B, U, lr, name, run"),
         ({"C": "run", "L": "final_loss"}, r"runs\.csv:2: run is 'a'; expected a finite number above 0"),
+        ({"C": "flops", "L": "final_loss", "name": "nom"}, r"name=nom: .* no column 'nom'"),
     ],
 )
 def test_csv_columns_that_do_not_fit_are_told_why(table: Path, columns: dict[str, str], message: str) -> None:

@@ -7,9 +7,11 @@ from scipy.stats import binom
 from scipy.stats import t as student
 
 from megamup.scaling.fit import Fit, fit_law
-from megamup.scaling.laws import POWER, FloatArray
+from megamup.scaling.laws.base import FloatArray
+from megamup.scaling.laws.loss import power
 from megamup.scaling.uncertainty import covariance, no_interval_reason, parameter_intervals, predict
 
+POWER = power("C")
 TRUE_B, TRUE_C, NOISE = -0.15, 1.7, 0.003
 X = np.logspace(0, 3, 6)
 
@@ -18,9 +20,9 @@ def true_loss(x: FloatArray) -> FloatArray:
     return np.asarray(2 * x**TRUE_B + TRUE_C)
 
 
-def noisy_fit(seed: int, x: FloatArray = X, starts: int = 24) -> Fit:
+def noisy_fit(seed: int, x: FloatArray = X, starts: int = 4) -> Fit:
     random = np.random.default_rng(seed)
-    return fit_law(POWER, x, true_loss(x) * (1 + NOISE * random.standard_normal(len(x))), starts=starts)
+    return fit_law(POWER, x, true_loss(x) * (1 + NOISE * random.standard_normal(len(x))), starts=starts, objective="loss")
 
 
 def region_limit(fit: Fit) -> float:
@@ -37,23 +39,29 @@ def searched_extreme(fit: Fit, index: int, sign: float) -> float:
         return float(sign * p[index])
 
     def room(p: FloatArray) -> float:
-        return float(1 - np.sum((p[0] * x ** p[1] + p[2] - loss) ** 2) / limit)
+        return float(1 - np.sum((p[0] * x ** p[2] + p[1] - loss) ** 2) / limit)
 
-    found = minimize(
-        quantity,
-        list(fit.parameters.values()),
-        method="SLSQP",
-        bounds=[(0, None), (-3, -0.005), (0, None)],
-        constraints={"type": "ineq", "fun": room},
-        options={"ftol": 1e-14, "maxiter": 2000},
-    )
-    return float(sign * found.fun)
+    # SLSQP stops short from some starts: the farthest of four.
+    random = np.random.default_rng(0)
+    best = quantity(np.array(list(fit.parameters.values())))
+    for _ in range(4):
+        found = minimize(
+            quantity,
+            np.array(list(fit.parameters.values())) * (1 + 1e-3 * random.standard_normal(3)),
+            method="SLSQP",
+            bounds=[(0, None), (0, None), (-3, -0.005)],
+            constraints={"type": "ineq", "fun": room},
+            options={"ftol": 1e-14, "maxiter": 2000},
+        )
+        if room(found.x) > -1e-6:
+            best = min(best, float(found.fun))
+    return sign * best
 
 
 def refitted_rss(x: FloatArray, loss: FloatArray, start: list[float]) -> float:
     """The least sum of squares of the power law, by curve_fit."""
-    parameters, _ = curve_fit(lambda x, a, b, c: a * x**b + c, x, loss, p0=start, xtol=1e-14, ftol=1e-14)
-    a, b, c = parameters
+    parameters, _ = curve_fit(lambda x, a, c, b: a * x**b + c, x, loss, p0=start, xtol=1e-14, ftol=1e-14)
+    a, c, b = parameters
     return float(np.sum((a * x**b + c - loss) ** 2))
 
 
@@ -90,7 +98,7 @@ def test_many_points_give_the_textbook_intervals() -> None:
         assert low == pytest.approx(value - half, abs=0.03 * half)
         assert high == pytest.approx(value + half, abs=0.03 * half)
     p = fit.parameters
-    gradient = np.array([1e3 ** p["b"], p["a"] * 1e3 ** p["b"] * np.log(1e3), 1.0])
+    gradient = np.array([1e3 ** p["b"], 1.0, p["a"] * 1e3 ** p["b"] * np.log(1e3)])
     assert fit.residual_std is not None
     half = quantile * np.sqrt(gradient @ matrix @ gradient + fit.residual_std**2)
     prediction = predict(fit, [1e3])
@@ -99,7 +107,7 @@ def test_many_points_give_the_textbook_intervals() -> None:
 
 
 def test_prediction_intervals_hold_a_new_run_as_often_as_they_say() -> None:
-    repeats, target = 300, 1e4
+    repeats, target = 200, 1e4
     truth = float(true_loss(np.array([target]))[0])
     random = np.random.default_rng(7)
     held = 0
@@ -107,12 +115,12 @@ def test_prediction_intervals_hold_a_new_run_as_often_as_they_say() -> None:
         prediction = predict(noisy_fit(seed, starts=3), [target])
         held += bool(prediction.low[0] <= truth * (1 + NOISE * random.standard_normal()) <= prediction.high[0])
     assert 0.90 <= held / repeats <= 0.99
-    # And not by luck: 95% itself is within what 300 repeats can tell.
+    # And not by luck: 95% itself is within what 200 repeats can tell.
     assert 0.001 < binom.cdf(held, repeats, 0.95) < 0.999
 
 
 def test_parameter_intervals_hold_the_truth_as_often_as_they_say() -> None:
-    repeats = 150
+    repeats = 60
     truth = {"a": 2.0, "b": TRUE_B, "c": TRUE_C}
     held = dict.fromkeys(truth, 0)
     for seed in range(repeats):
@@ -133,7 +141,7 @@ def test_band_falls_with_x_and_widens_beyond_the_runs() -> None:
 
 def test_intervals_do_not_depend_on_the_unit_of_x() -> None:
     fit = noisy_fit(5)
-    scaled = fit_law(POWER, fit.inputs * 1e24, fit.loss)
+    scaled = fit_law(POWER, fit.inputs * 1e24, fit.loss, objective="loss")
     for name in ("b", "c"):
         assert parameter_intervals(scaled)[name] == pytest.approx(parameter_intervals(fit)[name], rel=1e-6)
     assert predict(scaled, [1e28]).high == pytest.approx(predict(fit, [1e4]).high, rel=1e-8)
@@ -148,7 +156,7 @@ def test_offset_interval_ends_at_zero() -> None:
 
 
 def test_exact_points_have_intervals_of_no_width() -> None:
-    fit = fit_law(POWER, X, true_loss(X))
+    fit = fit_law(POWER, X, true_loss(X), objective="loss")
     for name, (low, high) in parameter_intervals(fit).items():
         assert low == pytest.approx(fit.parameters[name], rel=1e-8)
         assert high == pytest.approx(fit.parameters[name], rel=1e-8)

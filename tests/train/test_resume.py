@@ -27,7 +27,7 @@ LAYOUTS = [
     ("parallel.tensor=1", "deepspeed=ds_configs/zero2.json", 2),
     ("parallel.tensor=1", "deepspeed=ds_configs/zero3.json", 2),
 ]
-TIMED = ("tokens_per_s", "mfu_percent", "memory_peak_gib")
+TIMED = ("tokens_per_s", "mfu_percent", "memory_peak_gib", "time_unix_s", "evaluation_s", "saving_s")
 
 
 def computed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,0 +1,191 @@
+"""From runs to a law one can bet on: checked, chosen, fitted, backtested, with what is doubtful in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megamup.errors import MegamupError
+from megamup.scaling.backtest import Backtest
+from megamup.scaling.choice import CANDIDATES, Choice, choose
+from megamup.scaling.fit import Data, Fit, fit_law, warnings_of
+from megamup.scaling.identifiability import check, check_fit
+from megamup.scaling.laws import LAWS, POWER_INPUTS, get_law
+from megamup.scaling.laws.base import FloatArray, Law
+from megamup.scaling.laws.loss import power
+from megamup.scaling.runs import Ladder
+from megamup.scaling.uncertainty import Interval, Prediction, no_interval_reason, parameter_intervals, predict
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One row of the table of what was tried."""
+
+    law: str
+    objective: str
+    rms_error: float | None
+    """Root mean square of log(predicted / measured) over held-out larger runs; None without any."""
+    held: float | None
+    """Share of held-out runs inside their 95% interval before widening."""
+    inflation: float
+    trials: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """A fit with where its points came from and how far it may be believed: what a fit file holds."""
+
+    fit: Fit
+    ladder: Ladder
+    intervals: dict[str, Interval]
+    backtest: Backtest
+    tried: tuple[Tried, ...]
+    reason: str
+    """Why this law and objective."""
+    warnings: list[str]
+    provenance: dict[str, str]
+    """The command, the date (UTC) and the versions the fit was made with."""
+    seed: int = 0
+
+    @property
+    def law(self) -> Law:
+        return self.fit.law
+
+    def predict(self, inputs: FloatArray) -> Prediction:
+        """The law and the interval of one new run at `inputs` (m, d), widened by what the backtest needed."""
+        return predict(self.fit, inputs).widened(self.backtest.inflation)
+
+
+def laws_named(text: str, x: str | None, ladder: Ladder) -> list[Law]:
+    """The laws called `text`, several divided by commas; ``auto`` is every law of the loss that the points' inputs allow.
+
+    Args:
+        x: the input of `power`; default C where the points have it, else N, else D.
+
+    Raises:
+        MegamupError: no such law, or none that the points allow.
+    """
+    known = set.intersection(*(set(point.inputs) for point in ladder.points)) if ladder.points else set()
+    own = x or next((key for key in POWER_INPUTS if key in known), None)
+    if text != AUTO:
+        return [get_law(name, own if name == "power" else None) for name in text.split(",")]
+    possible = [power(own)] if own is not None else []
+    possible += [law for law in LAWS.values() if law.name != "power" and law.response == "L"]
+    laws = [law for law in possible if set(law.inputs) <= known]
+    if not laws:
+        raise MegamupError(f"--law auto: the points have {', '.join(sorted(known)) or 'no inputs'}; expected N, D or C")
+    return laws
+
+
+def response_of(ladder: Ladder, law: Law) -> FloatArray:
+    """What the law is fitted to: (n,), the loss or an input."""
+    return ladder.losses if law.response == "L" else ladder.columns([law.response])[:, 0]
+
+
+def inputs_of(ladder: Ladder, law: Law) -> FloatArray:
+    """The law's inputs (n, d).
+
+    Raises:
+        MegamupError: points that lack one.
+    """
+    for key in (*law.inputs, *(() if law.response == "L" else (law.response,))):
+        lacking = [point.name for point in ladder.points if key != "L" and key not in point.inputs]
+        if lacking:
+            has = ", ".join(sorted(set.intersection(*(set(point.inputs) for point in ladder.points))))
+            raise MegamupError(
+                f"--law {law.name}: needs {key}, which {len(lacking)} of {len(ladder.points)} points lack (first "
+                f"{lacking[0]}); they have {has}: name its column (--columns {key}=COLUMN), or choose another law"
+            )
+    return np.column_stack([ladder.losses if key == "L" else ladder.columns([key])[:, 0] for key in law.inputs])
+
+
+def sizes_of(ladder: Ladder, law: Law) -> FloatArray:
+    """What orders runs from small to large (n,): FLOPs where known, else N·D, else the law's first input."""
+    known = set.intersection(*(set(point.inputs) for point in ladder.points))
+    if "C" in known:
+        return ladder.columns(["C"])[:, 0]
+    if {"N", "D"} <= known:
+        return np.asarray(ladder.columns(["N", "D"]).prod(axis=1))
+    return inputs_of(ladder, law)[:, 0]
+
+
+def analyse(
+    ladder: Ladder,
+    laws: Sequence[Law],
+    *,
+    objective: str = AUTO,
+    seed: int = 0,
+    provenance: dict[str, str] | None = None,
+) -> Result:
+    """Fit the law whose held-out error is least, under the objective whose held-out error is least.
+
+    Args:
+        laws: one, or several to choose from; all of the same response.
+        objective: a name that `get_objective` knows, or ``auto``.
+
+    Raises:
+        MegamupError: points that don't determine the law, with what to add.
+    """
+    prepared: list[tuple[Law, Data, FloatArray]] = []
+    for law in laws:
+        x = inputs_of(ladder, law)
+        bound = law.bound_to(dict(zip(law.inputs, x.T, strict=True)))
+        data = Data(x, response_of(ladder, law), ladder.runs)
+        check(bound, data)
+        prepared.append((bound, data, sizes_of(ladder, law)))
+    names = [point.name for point in ladder.points]
+    choice = choose(prepared, CANDIDATES if objective == AUTO else (objective,), names)
+    chosen = choice.chosen
+    (data,) = (data for law, data, _ in prepared if law is chosen.law)
+    fit = fit_law(
+        chosen.law, data.inputs, data.response, objective=chosen.objective, seed=seed, runs=data.runs.tolist()
+    )
+    found = check_fit(fit)
+    intervals = parameter_intervals(fit)
+    return Result(
+        fit=fit,
+        ladder=ladder,
+        intervals=intervals,
+        backtest=chosen.backtest,
+        tried=_table(choice),
+        reason=choice.reason,
+        warnings=[*warnings_of(fit), *found, *_interval_warnings(fit, intervals), *chosen.backtest.warnings()],
+        provenance=provenance or {},
+        seed=seed,
+    )
+
+
+def _table(choice: Choice) -> tuple[Tried, ...]:
+    return tuple(
+        Tried(
+            candidate.law.name,
+            candidate.objective.name,
+            candidate.backtest.rms_error,
+            candidate.backtest.held,
+            candidate.backtest.inflation,
+            len(candidate.backtest.trials),
+        )
+        for candidate in choice.tried
+    )
+
+
+def _interval_warnings(fit: Fit, intervals: dict[str, Interval]) -> list[str]:
+    reason = no_interval_reason(fit)
+    if reason is not None:
+        return [f"no intervals: {reason}"]
+    found = [
+        f"{name} has no bound on one side: its interval reaches the end of the searched exponents; add "
+        "runs over a wider range"
+        for name, ends in intervals.items()
+        if None in ends
+    ]
+    offsets = [name for name in fit.law.parameters if fit.law.may_vanish(name)]
+    return found + [
+        f"{name}, the loss that no scale removes, may be 0 within its interval: the range is too narrow to see it"
+        for name in offsets
+        if intervals[name][0] == 0 and name not in fit.diagnostics.at_bound
+    ]

@@ -1,0 +1,111 @@
+"""What `tools/scaling.py` prints: tables of text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from megamup.scaling.analysis import Result
+from megamup.scaling.design import Design
+from megamup.scaling.estimate import Estimate
+
+MOST_ROWS = 40
+"""Points that are listed; the fit file has all."""
+
+
+def table_lines(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Names flush left, figures flush right, under the header that is the first row; then an empty line."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        figures = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
+        yield "  ".join([row[0].ljust(widths[0]), *figures]).rstrip()
+    yield ""
+
+
+def fit_lines(result: Result) -> Iterator[str]:
+    """A fit: law, conventions, parameters with intervals, what was tried, points, diagnostics."""
+    fit, convention = result.fit, result.ladder.convention
+    yield f"law        {fit.law.formula}   ({fit.law.source})"
+    for key, quantity in (("N", "parameters"), ("C", "flops"), ("L", "loss")):
+        if key in (*fit.law.inputs, fit.law.response) and quantity in convention:
+            yield f"{key}          {convention[quantity]}"
+    yield f"objective  {fit.objective.meaning}: {fit.objective_value:.6g}"
+    yield f"chosen     {result.reason}"
+    yield ""
+    rows = [("parameter", "value", "95% low", "95% high")]
+    for name, value in fit.parameters.items():
+        low, high = ("-" if end is None else f"{end:.6g}" for end in result.intervals[name])
+        rows.append((name, f"{value:.6g}", low, high))
+    yield from table_lines(rows)
+    if len(result.tried) > 1:
+        yield from table_lines(tried_rows(result))
+    yield from table_lines(point_rows(result))
+    diagnostics = fit.diagnostics
+    std = "-" if fit.residual_std is None else f"{fit.residual_std:.3g}"
+    yield (
+        f"residual std {std}, {diagnostics.share_of_starts_at_optimum:.0%} of {diagnostics.starts} starts at the "
+        f"optimum, gradient norm {diagnostics.gradient_norm:.1e}, condition number {diagnostics.condition_number:.3g}"
+    )
+    test = result.backtest
+    if test.trials:
+        yield (
+            f"backtest: {len(test.trials)} larger runs predicted from {test.folds} cuts, next-larger error "
+            f"{100 * (test.rms_error or 0):.2f}% rms, {test.held:.0%} inside their interval; intervals widened by "
+            f"{test.inflation:.3g}"
+        )
+
+
+def tried_rows(result: Result) -> list[tuple[str, ...]]:
+    """Every law and objective with its error on held-out larger runs."""
+    rows = [("tried", "objective", "held-out error %", "inside %", "widening", "trials")]
+    for tried in result.tried:
+        error = "-" if tried.rms_error is None else f"{100 * tried.rms_error:.3f}"
+        held = "-" if tried.held is None else f"{100 * tried.held:.0f}"
+        rows.append((tried.law, tried.objective, error, held, f"{tried.inflation:.2f}", str(tried.trials)))
+    return rows
+
+
+def point_rows(result: Result) -> list[tuple[str, ...]]:
+    """Points with what the law gives them; the middle of a long list is left out."""
+    law, fit = result.law, result.fit
+    response = "loss" if law.response == "L" else law.response
+    rows = [("run", *law.inputs, response, "law", "residual %")]
+    order = np.argsort(fit.inputs.prod(axis=1), kind="stable")
+    for index in order:
+        measured, fitted = fit.data.response[index], fit.fitted[index]
+        inputs = [f"{value:.4g}" for value in fit.inputs[index]]
+        residual = f"{100 * (measured / fitted - 1):+.2f}"
+        rows.append((result.ladder.points[index].name, *inputs, f"{measured:.5g}", f"{fitted:.5g}", residual))
+    if len(rows) <= MOST_ROWS + 1:
+        return rows
+    half = MOST_ROWS // 2
+    left = f"... {len(rows) - 1 - MOST_ROWS} more"
+    return [*rows[: half + 1], (left, *[""] * (len(rows[0]) - 1)), *rows[-half:]]
+
+
+def estimate_line(found: Estimate) -> str:
+    """One quantity with its interval."""
+    name = {"L": "loss", "D_per_N": "D/N"}.get(found.name, found.name)
+    digits = 5 if found.name == "L" else 4
+    value = f"{name} {found.value:.{digits}g}"
+    if found.low is None and found.high is None:
+        return value
+    ends = " to ".join("unbounded" if end is None else f"{end:.{digits}g}" for end in (found.low, found.high))
+    return f"{value}   (95%: {ends}{', of one new run' if found.new_run else ''})"
+
+
+def design_lines(design: Design) -> Iterator[str]:
+    """The runs to train next, in the order of their gain per FLOP."""
+    yield f"target     {design.target} = {design.value:.5g}"
+    yield f"now        ± {design.half_width_before:.3g} ({design.level:.0%} interval of the law)"
+    yield f"then       ± {design.half_width_after:.3g} for {design.flops:.3g} of {design.budget:.3g} FLOPs"
+    yield ""
+    rows = [("run", *design.runs[0].inputs, "FLOPs", "of budget", "± before", "± after")] if design.runs else []
+    for number, run in enumerate(design.runs, start=1):
+        inputs = [f"{value:.4g}" for value in run.inputs.values()]
+        share = f"{100 * run.share_of_budget:.1f}%"
+        widths = (f"{run.half_width_before:.3g}", f"{run.half_width_after:.3g}")
+        rows.append((str(number), *inputs, f"{run.flops:.3g}", share, *widths))
+    if rows:
+        yield from table_lines(rows)

@@ -16,14 +16,19 @@ if TYPE_CHECKING:
 # into the page's variables, so that one drawing serves light, dark and print.
 INK, MUTED, GRID = "#1f2328", "#59636e", "#d8dee4"
 FITTED, HELD = "#0b63ce", "#c2410c"
-VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", FITTED: "fitted", HELD: "held"}
+# From small to large: viridis, cut where it nears the paper's own lightness, on light and on dark.
+RAMP = ("#440154", "#482374", "#424086", "#375b8d", "#2c728e", "#23898e", "#1fa088", "#32b67a")
+DARK_RAMP = ("#2e6f8e", "#25848e", "#1f9a8a", "#2ab07f", "#50c46a", "#86d549", "#c2df23", "#fde725")
+VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", FITTED: "fitted", HELD: "held"} | {
+    color: f"ramp-{i}" for i, color in enumerate(RAMP)
+}
 
 XLINK = "http://www.w3.org/1999/xlink"
 
 
 def page(title: str, sections: Sequence[str]) -> str:
     """The document: sections of HTML under a title, without any outside file, script or font."""
-    return _PAGE.format(title=escape(title), style=_STYLE, body="\n".join(filter(None, sections)))
+    return _PAGE.format(title=escape(title), style=_ramps() + _STYLE, body="\n".join(filter(None, sections)))
 
 
 def figure_section(figure: Figure, name: str, title: str, caption: str) -> str:
@@ -84,6 +89,14 @@ def dress(axes: Axes, title: str) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(MUTED)
+
+
+def _ramps() -> str:
+    light, dark = ("".join(f"--ramp-{i}: {color}; " for i, color in enumerate(ramp)) for ramp in (RAMP, DARK_RAMP))
+    return (
+        f"\n:root {{ {light}}}\n@media (prefers-color-scheme: dark) {{ :root {{ {dark}}} }}"
+        f"\n@media print {{ :root {{ {light}}} }}"
+    )
 
 
 _PAGE = """<!DOCTYPE html>

@@ -15,15 +15,15 @@ from typing import Any
 from megamup.cli import report_errors
 from megamup.errors import MegamupError
 from megamup.files import write_text_atomic
-from megamup.scaling.analysis import AUTO, Result, analyse, laws_named
-from megamup.scaling.design import propose
-from megamup.scaling.estimate import Estimate, beyond, estimate
+from megamup.scaling.analysis import AUTO, Result, analyse, analyse_reduced, check_names, laws_named
+from megamup.scaling.design import propose, run_flops
+from megamup.scaling.estimate import Estimate, beyond, estimate, flops_of
 from megamup.scaling.fit_file import load_result, provenance, save_result, to_json
 from megamup.scaling.laws import LAWS, POWER_INPUTS, REDUCTIONS
 from megamup.scaling.mfu import as_json, lost_rows, notes, table_rows, utilisations
 from megamup.scaling.objective import OBJECTIVES
 from megamup.scaling.readers.columns import parse_pairs
-from megamup.scaling.run_arguments import add_run_arguments, read_ladder
+from megamup.scaling.run_arguments import add_run_arguments, read_curves, read_ladder
 from megamup.scaling.text import design_lines, estimate_line, fit_lines, table_lines
 from megamup.scaling.uncertainty import LEVEL, no_interval_reason
 
@@ -37,21 +37,21 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _fit(arguments: argparse.Namespace) -> None:
+    check_names(arguments.law)
     ladder = read_ladder(arguments)
-    result = analyse(
-        ladder,
-        laws_named(arguments.law, arguments.x, ladder),
-        objective=arguments.objective,
-        seed=arguments.seed,
-        provenance=provenance(arguments.command),
-    )
+    options = {"objective": arguments.objective, "seed": arguments.seed, "provenance": provenance(arguments.command)}
+    if arguments.law in REDUCTIONS:
+        result = analyse_reduced(arguments.law, ladder, lambda: read_curves(arguments), **options)
+    else:
+        result = analyse(ladder, laws_named(arguments.law, arguments.x, ladder), **options)
     if arguments.output:
         save_result(result, arguments.output)
     if arguments.json:
         _print_json(to_json(result, (arguments.output or Path("fit.json")).parent))
         return
-    print("\n".join(fit_lines(result)))
-    _print_warnings(result.warnings)
+    for each in (result, *result.companions):
+        print("\n".join(fit_lines(each)))
+        _print_warnings(each.warnings)
 
 
 def _predict(arguments: argparse.Namespace) -> None:
@@ -101,6 +101,8 @@ def _design(arguments: argparse.Namespace) -> None:
         budget=_positive(arguments.budget, "--budget"),
         count=arguments.runs,
         quantity=arguments.quantity,
+        flops=run_flops(result.law, result.fit.data, flops_of(result.ladder)),
+        noise=arguments.noise,
         widening=result.backtest.inflation,
     )
     if arguments.json:
@@ -158,8 +160,8 @@ def _parser() -> argparse.ArgumentParser:
         "--law",
         required=True,
         metavar="LAW[,LAW...]",
-        help=f"{', '.join([*LAWS, *(name for name in REDUCTIONS if name not in LAWS)])}; several, or auto: the one whose "
-        "error on larger runs held out is least",
+        help=f"{', '.join([*LAWS, *(name for name in REDUCTIONS if name not in LAWS)])}; several, or auto: the one "
+        "whose error on larger runs held out is least",
     )
     fit.add_argument("--x", choices=POWER_INPUTS, help="what the law power is in (default C where known, else N, D)")
     add_run_arguments(fit)
@@ -175,7 +177,10 @@ def _parser() -> argparse.ArgumentParser:
     prediction = verbs.add_parser("predict", help="the loss of a new run, or what a budget or a loss asks for")
     prediction.add_argument("--fit", required=True, type=Path, metavar="fit.json")
     prediction.add_argument(
-        "--at", required=True, metavar="N=1e9,D=2e10", help="the new run; or C=BUDGET or L=LOSS, where the law has an optimum"
+        "--at",
+        required=True,
+        metavar="N=1e9,D=2e10",
+        help="the new run; or C=BUDGET or L=LOSS, where the law has an optimum",
     )
     prediction.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -185,6 +190,11 @@ def _parser() -> argparse.ArgumentParser:
     design.add_argument("--budget", required=True, metavar="1e20", help="FLOPs for all new runs")
     design.add_argument("--runs", type=int, default=5, help="at most so many (default 5)")
     design.add_argument("--quantity", help="which quantity at a budget, such as N_opt (default the loss)")
+    design.add_argument(
+        "--noise",
+        type=float,
+        help="standard deviation of one run's loss as a share of it, where runs are too few to tell",
+    )
     design.add_argument("--json", action="store_true", help="print one JSON object")
 
     mfu = verbs.add_parser("mfu", help="MFU, tokens/s and goodput of runs over time, with stalls marked")

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from megamup.errors import MegamupError
 from megamup.scaling.backtest import Backtest
 from megamup.scaling.choice import CANDIDATES, Choice, choose
-from megamup.scaling.fit import Data, Fit, fit_law, warnings_of
+from megamup.scaling.fit import Data, Fit, check_enough, fit_law, warnings_of
 from megamup.scaling.identifiability import check, check_fit
-from megamup.scaling.laws import LAWS, POWER_INPUTS, get_law
+from megamup.scaling.laws import LAWS, POWER_INPUTS, REDUCTIONS, get_law
 from megamup.scaling.laws.base import FloatArray, Law
 from megamup.scaling.laws.loss import power
+from megamup.scaling.reduction import Curves, reduce_runs
 from megamup.scaling.runs import Ladder
 from megamup.scaling.uncertainty import Interval, Prediction, no_interval_reason, parameter_intervals, predict
 
@@ -50,6 +51,12 @@ class Result:
     provenance: dict[str, str]
     """The command, the date (UTC) and the versions the fit was made with."""
     seed: int = 0
+    reduction: str | None = None
+    """The key of `REDUCTIONS` by which runs became the ladder's points; None where they are the runs' own."""
+    runs: Ladder | None = None
+    """The runs before the reduction."""
+    companions: tuple[Result, ...] = ()
+    """Other laws of the same reduction."""
 
     @property
     def law(self) -> Law:
@@ -60,8 +67,25 @@ class Result:
         return predict(self.fit, inputs).widened(self.backtest.inflation)
 
 
+def known_inputs(ladder: Ladder) -> set[str]:
+    """Inputs that all points have."""
+    return set.intersection(*(set(point.inputs) for point in ladder.points)) if ladder.points else set()
+
+
+def check_names(text: str) -> None:
+    """Refuse names that stand for no law, before anything is read.
+
+    Raises:
+        MegamupError: an unknown name, or a reduction among several.
+    """
+    names = text.split(",")
+    for name in names if text != AUTO else []:
+        if name not in REDUCTIONS or len(names) > 1:
+            get_law(name)
+
+
 def laws_named(text: str, x: str | None, ladder: Ladder) -> list[Law]:
-    """The laws called `text`, several divided by commas; ``auto`` is every law of the loss that the points' inputs allow.
+    """The laws called `text`, several divided by commas; ``auto`` is every law of the loss that the points allow.
 
     Args:
         x: the input of `power`; default C where the points have it, else N, else D.
@@ -69,11 +93,11 @@ def laws_named(text: str, x: str | None, ladder: Ladder) -> list[Law]:
     Raises:
         MegamupError: no such law, or none that the points allow.
     """
-    known = set.intersection(*(set(point.inputs) for point in ladder.points)) if ladder.points else set()
+    known = known_inputs(ladder)
     own = x or next((key for key in POWER_INPUTS if key in known), None)
     if text != AUTO:
         return [get_law(name, own if name == "power" else None) for name in text.split(",")]
-    possible = [power(own)] if own is not None else []
+    possible: list[Law] = [power(own)] if own is not None else []
     possible += [law for law in LAWS.values() if law.name != "power" and law.response == "L"]
     laws = [law for law in possible if set(law.inputs) <= known]
     if not laws:
@@ -95,7 +119,7 @@ def inputs_of(ladder: Ladder, law: Law) -> FloatArray:
     for key in (*law.inputs, *(() if law.response == "L" else (law.response,))):
         lacking = [point.name for point in ladder.points if key != "L" and key not in point.inputs]
         if lacking:
-            has = ", ".join(sorted(set.intersection(*(set(point.inputs) for point in ladder.points))))
+            has = ", ".join(sorted(known_inputs(ladder)))
             raise MegamupError(
                 f"--law {law.name}: needs {key}, which {len(lacking)} of {len(ladder.points)} points lack (first "
                 f"{lacking[0]}); they have {has}: name its column (--columns {key}=COLUMN), or choose another law"
@@ -105,7 +129,7 @@ def inputs_of(ladder: Ladder, law: Law) -> FloatArray:
 
 def sizes_of(ladder: Ladder, law: Law) -> FloatArray:
     """What orders runs from small to large (n,): FLOPs where known, else N·D, else the law's first input."""
-    known = set.intersection(*(set(point.inputs) for point in ladder.points))
+    known = known_inputs(ladder)
     if "C" in known:
         return ladder.columns(["C"])[:, 0]
     if {"N", "D"} <= known:
@@ -135,6 +159,7 @@ def analyse(
         x = inputs_of(ladder, law)
         bound = law.bound_to(dict(zip(law.inputs, x.T, strict=True)))
         data = Data(x, response_of(ladder, law), ladder.runs)
+        check_enough(bound, x)
         check(bound, data)
         prepared.append((bound, data, sizes_of(ladder, law)))
     names = [point.name for point in ladder.points]
@@ -153,10 +178,52 @@ def analyse(
         backtest=chosen.backtest,
         tried=_table(choice),
         reason=choice.reason,
-        warnings=[*warnings_of(fit), *found, *_interval_warnings(fit, intervals), *chosen.backtest.warnings()],
+        warnings=[
+            *ladder.warnings,
+            *warnings_of(fit),
+            *found,
+            *_interval_warnings(fit, intervals),
+            *chosen.backtest.warnings(),
+        ],
         provenance=provenance or {},
         seed=seed,
     )
+
+
+def analyse_reduced(
+    name: str,
+    ladder: Ladder,
+    curves: Callable[[], Curves],
+    *,
+    objective: str = AUTO,
+    seed: int = 0,
+    provenance: dict[str, str] | None = None,
+) -> Result:
+    """Reduce runs as `name`, a key of `REDUCTIONS`, says, and fit its laws: the first, with the others as companions.
+
+    A law for which too few points are left is named in a warning; without the first there is no result.
+
+    Raises:
+        MegamupError: as `reduce_runs`; too few points are left for the first law.
+    """
+    reduced = reduce_runs(name, ladder, curves)
+    found: list[Result] = []
+    warnings = list(reduced.warnings)
+    for law, points in reduced.parts:
+        try:
+            result = analyse(points, [law], objective=objective, seed=seed, provenance=provenance)
+        except MegamupError as error:
+            if not found:
+                raise MegamupError(f"--law {name}: {error}{_listed(warnings)}") from None
+            warnings.append(f"{law.formula} is not fitted: {error}")
+        else:
+            found.append(result)
+    main, *others = found
+    return replace(main, warnings=[*warnings, *main.warnings], reduction=name, runs=ladder, companions=tuple(others))
+
+
+def _listed(warnings: Sequence[str]) -> str:
+    return "".join(f"; {warning}" for warning in warnings)
 
 
 def _table(choice: Choice) -> tuple[Tried, ...]:

@@ -1,8 +1,9 @@
 """Which law and which objective: the pair whose predictions of held-out larger runs err least.
 
-Candidates are compared on the same held-out runs (the folds of `backtest.py`). Of those within one standard error of
-the best (Breiman et al. 1984, section 3.4.3) the simplest is taken: fewer parameters, then least squares on logs, which wastes nothing where there are no outliers
-(Huber's loss at delta 1e-3 is nearly least absolute error and needs half as many runs again). Where there are, Huber's.
+Candidates are compared on the same held-out runs (the folds of `backtest.py`). Of those whose errors can't be told from
+the least (within two standard errors) the simplest is taken: fewer parameters, then least squares on logs, which wastes
+nothing where there are no outliers (Huber's loss at delta 1e-3 is nearly least absolute error and needs half as many
+runs again). Where there are, Huber's.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from megamup.scaling.laws.base import FloatArray, Law
 from megamup.scaling.objective import Objective, get_objective
 
 CANDIDATES = ("log", "loss", "huber")
+STANDARD_ERRORS = 2.0
+"""Over the folds. They share runs, so that the errors of neighbours go together, and one would be too few."""
 OUTLIER = 6.0
 """A residual beyond so many robust standard deviations is no Gaussian's: one in a billion."""
 
@@ -46,9 +49,7 @@ class Choice:
     reason: str
 
 
-def choose(
-    laws: Sequence[tuple[Law, Data, FloatArray]], objectives: Sequence[str], names: Sequence[str]
-) -> Choice:
+def choose(laws: Sequence[tuple[Law, Data, FloatArray]], objectives: Sequence[str], names: Sequence[str]) -> Choice:
     """Backtest every law under every objective and choose.
 
     Args:
@@ -72,24 +73,24 @@ def choose(
         return Choice(ranked[0], tried, f"too few runs to hold larger ones out; {why}")
     least = min(judged, key=lambda c: c.backtest.rms_error or math.inf)
     for candidate in judged:
-        if candidate is least or within_one_error(candidate, least):
+        if candidate is least or not_told_from(candidate, least):
             break
     if candidate is least:
         return Choice(candidate, tried, "least error on held-out larger runs")
     robust = candidate.objective.delta is not None and outliers[id(candidate.law)]
     why = "robust to the outliers seen" if robust else "simplest"
-    return Choice(candidate, tried, f"{why} of those within one standard error of the least on held-out larger runs")
+    return Choice(candidate, tried, f"{why} of those whose errors on held-out larger runs can't be told from the least")
 
 
-def within_one_error(candidate: Candidate, best: Candidate) -> bool:
-    """Whether the candidate's mean squared held-out error exceeds the best's by at most one standard error over folds."""
+def not_told_from(candidate: Candidate, best: Candidate) -> bool:
+    """Whether the candidate's mean squared held-out error exceeds the best's by at most two standard errors."""
     by_fold: dict[int, list[float]] = {}
     for fold, run in sorted(candidate.errors.keys() & best.errors.keys()):
         by_fold.setdefault(fold, []).append(candidate.errors[fold, run] ** 2 - best.errors[fold, run] ** 2)
     means = np.array([np.mean(values) for values in by_fold.values()])
     if len(means) < 2:
         return False
-    return float(means.mean()) <= float(np.std(means, ddof=1)) / math.sqrt(len(means))
+    return float(means.mean()) <= STANDARD_ERRORS * float(np.std(means, ddof=1)) / math.sqrt(len(means))
 
 
 def has_outliers(law: Law, data: Data) -> bool:

@@ -43,6 +43,10 @@ class Curve:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def at_rows(self, rows: NDArray[np.bool_]) -> Curve:
+        """The records where `rows` (n,) is true."""
+        return Curve(self.step[rows], self.tokens[rows], self.flops[rows], self.loss[rows])
+
     def moment(self, index: int) -> Moment:
         """The record at `index`."""
         return Moment(*(float(values[index]) for values in (self.step, self.tokens, self.flops, self.loss)))

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 from scipy.stats import t as student
 
 from megamup.errors import MegamupError
-from megamup.scaling.fit import Data, Fit, as_inputs, problem_of
+from megamup.scaling.fit import Data, Fit, as_inputs, linearised
 from megamup.scaling.laws.base import LOG_COEFFICIENTS, NO_TERM, FloatArray, Law
 from megamup.scaling.uncertainty import degrees_of_freedom, no_interval_reason
 
@@ -291,9 +291,9 @@ def _rows(fit: Fit, inputs: FloatArray) -> FloatArray:
 
 def _information(fit: Fit, sigma: float) -> FloatArray:
     """M (p, p) of the fitted points; those of one run's curve count as one, as they are no independent evidence."""
-    _, jacobian = problem_of(fit.law, fit.data, fit.objective)(fit.theta[np.newaxis], slice(None))
+    _, jacobian = linearised(fit.law, fit.data, fit.objective, fit.theta)
     _, index, counts = np.unique(fit.data.runs, return_inverse=True, return_counts=True)
-    rows = jacobian[0] / (sigma * np.sqrt(counts[index]))[:, np.newaxis]
+    rows = jacobian / (sigma * np.sqrt(counts[index]))[:, np.newaxis]
     return np.asarray(rows.T @ rows + np.eye(rows.shape[1]) / PRIOR_STD**2)
 
 

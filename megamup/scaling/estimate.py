@@ -9,7 +9,9 @@ import numpy as np
 
 from megamup.errors import MegamupError
 from megamup.scaling.analysis import Result
+from megamup.scaling.laws.base import FloatArray
 from megamup.scaling.laws.frontier import FLOPS_PER_PARAMETER_AND_TOKEN
+from megamup.scaling.runs import Ladder
 from megamup.scaling.uncertainty import no_interval_reason, quantity_intervals
 
 
@@ -62,8 +64,13 @@ def flops_per_product(result: Result) -> float:
     return float(np.median(ratios)) if ratios else FLOPS_PER_PARAMETER_AND_TOKEN
 
 
+def flops_of(ladder: Ladder) -> FloatArray | None:
+    """C of all points (n,); None where one has none."""
+    return ladder.columns(["C"])[:, 0] if all("C" in point.inputs for point in ladder.points) else None
+
+
 def beyond(result: Result, at: Mapping[str, float]) -> float | None:
-    """How many times larger than the largest fitted run `at` is, by N·D or by the law's first input; None if unknown."""
+    """How many times the largest fitted run `at` is, by N·D or by the law's first input; None if unknown."""
     law = result.law
     if not set(law.inputs) <= set(_with_flops(result, at)):
         return None
@@ -90,8 +97,10 @@ def _response(result: Result, name: str, inputs: list[float]) -> Estimate:
 def _elsewhere(result: Result) -> str:
     """What else the law answers, in words."""
     others = [key for key in (("C",), ("L",), ("C", "M")) if result.law.quantities(dict.fromkeys(key, 1.0))]
-    return "".join(f", or {_and(keys)}" for keys in others) + ": give " + ",".join(
-        f"{key}=NUMBER" for key in result.law.inputs
+    return (
+        "".join(f", or {_and(keys)}" for keys in others)
+        + ": give "
+        + ",".join(f"{key}=NUMBER" for key in result.law.inputs)
     )
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from megamup.errors import MegamupError
-from megamup.scaling.laws.base import FloatArray, Law, separable
+from megamup.scaling.laws.base import FloatArray, IntArray, Law, separable
 from megamup.scaling.objective import OBJECTIVES, Objective, get_objective
 from megamup.scaling.projection import Projected
 from megamup.scaling.solver import Problem, minimise
@@ -198,13 +198,19 @@ def search(
 def problem_of(law: Law, data: Data, objective: Objective) -> Problem:
     """The residuals of all points and their derivatives by θ, in the objective's scale."""
 
-    def problem(theta: FloatArray, which: object) -> tuple[FloatArray, FloatArray]:
+    def problem(theta: FloatArray, which: IntArray) -> tuple[FloatArray, FloatArray]:
         del which
         log_value = law.log_value(theta, data.log_x)
         slope = objective.slope(log_value, data.response)
         return objective.residual(log_value, data.response), law.jacobian(theta, data.log_x) * slope[..., np.newaxis]
 
     return problem
+
+
+def linearised(law: Law, data: Data, objective: Objective, theta: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Residuals (n,) at θ (p,) and their derivative by it (n, p), in the objective's scale."""
+    residual, jacobian = problem_of(law, data, objective)(theta[np.newaxis], np.zeros(1, dtype=np.int64))
+    return residual[0], jacobian[0]
 
 
 def _projected(form: Law, data: Data, objective: Objective, begin: FloatArray) -> FloatArray:
@@ -248,16 +254,16 @@ def check_enough(law: Law, inputs: FloatArray) -> None:
 def _diagnose(
     law: Law, data: Data, objective: Objective, theta: FloatArray, starts: int, share: float, floor: float
 ) -> Diagnostics:
-    residual, jacobian = (a[0] for a in problem_of(law, data, objective)(theta[np.newaxis], None))
+    residual, jacobian = linearised(law, data, objective, theta)
     at_bound = law.at_bound(theta, data.log_x)
     free = [i for i, name in enumerate(law.parameters) if name not in at_bound]
     columns = jacobian[:, free]
     lengths = np.linalg.norm(columns, axis=0)
     columns = columns[:, lengths > 0] / lengths[lengths > 0]  # an exponent whose term is gone has no effect
     # |Jᵀψ| over |J| |ψ|: the cosine between the residuals' pull and what parameters could do about it; residuals of
-    # 1e-8 of the response are none.
+    # 1e-7 of the response are none (logs of 1e10 round at 5e-15).
     pull = objective.psi(residual)
-    size = float(np.linalg.norm(pull)) + 1e4 * math.sqrt(floor)
+    size = float(np.linalg.norm(pull)) + 1e5 * math.sqrt(floor)
     return Diagnostics(
         starts=starts,
         share_of_starts_at_optimum=share,

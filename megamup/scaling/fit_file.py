@@ -76,16 +76,15 @@ def to_json(result: Result, folder: Path) -> dict[str, Any]:
         "warnings": result.warnings,
         "points": [
             {
-                "name": point.name,
-                "run": point.run,
-                "inputs": point.inputs,
-                "loss": point.loss,
+                **_point_json(point, folder),
                 "fitted": float(fitted),
                 "residual_percent": 100 * (float(measured / fitted) - 1),
-                "source": None if point.source is None else _relative(point.source, folder),
             }
             for point, fitted, measured in zip(result.ladder.points, fit.fitted, fit.data.response, strict=True)
         ],
+        "reduction": result.reduction,
+        "runs": None if result.runs is None else [_point_json(point, folder) for point in result.runs.points],
+        "companions": [to_json(companion, folder) for companion in result.companions],
         "provenance": result.provenance,
     }
 
@@ -115,30 +114,20 @@ def load_result(path: Path) -> Result:
     if found != FORMAT:
         raise MegamupError(f"--fit: {path}: format is {found!r}; expected {FORMAT}: make it again with `fit --output`")
     try:
-        result = _from_json(content, path.parent)
-        stated = content["data_sha256"]
+        return _from_json(content, path.parent)
+    except _ChangedError as error:
+        raise MegamupError(
+            f"--fit: {path}: its points are not those that it was fitted to (data_sha256 {str(error)[:12]}...); make "
+            "it again with `fit --output`"
+        ) from None
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise MegamupError(f"--fit: {path}: {error!r}: is incomplete; make it again with `fit --output`") from error
-    if result.ladder.hash() != stated:
-        raise MegamupError(
-            f"--fit: {path}: its points are not those that it was fitted to (data_sha256 {stated[:12]}...); make it "
-            "again with `fit --output`"
-        )
-    return result
 
 
 def _from_json(content: dict[str, Any], folder: Path) -> Result:
-    points = tuple(
-        Point(
-            name=point["name"],
-            inputs=point["inputs"],
-            loss=point["loss"],
-            source=None if point["source"] is None else folder / point["source"],
-            run=point["run"],
-        )
-        for point in content["points"]
-    )
-    ladder = Ladder(points, content["convention"])
+    ladder = _ladder(content["points"], content["convention"], folder)
+    if ladder.hash() != content["data_sha256"]:
+        raise _ChangedError(content["data_sha256"])
     law = get_law(content["law"], content["inputs"][0] if content["law"] == "power" else None)
     inputs = inputs_of(ladder, law)
     law = law.bound_to(dict(zip(law.inputs, inputs.T, strict=True)))
@@ -163,7 +152,38 @@ def _from_json(content: dict[str, Any], folder: Path) -> Result:
         warnings=content["warnings"],
         provenance=content["provenance"],
         seed=content["seed"],
+        reduction=content["reduction"],
+        runs=None if content["runs"] is None else _ladder(content["runs"], content["convention"], folder),
+        companions=tuple(_from_json(companion, folder) for companion in content["companions"]),
     )
+
+
+class _ChangedError(Exception):
+    """Points that aren't those of the hash beside them."""
+
+
+def _point_json(point: Point, folder: Path) -> dict[str, Any]:
+    return {
+        "name": point.name,
+        "run": point.run,
+        "inputs": point.inputs,
+        "loss": point.loss,
+        "source": None if point.source is None else _relative(point.source, folder),
+    }
+
+
+def _ladder(points: list[dict[str, Any]], convention: dict[str, str], folder: Path) -> Ladder:
+    found = (
+        Point(
+            name=point["name"],
+            inputs=point["inputs"],
+            loss=point["loss"],
+            source=None if point["source"] is None else folder / point["source"],
+            run=point["run"],
+        )
+        for point in points
+    )
+    return Ladder(tuple(found), convention)
 
 
 def _finite(trial: dict[str, Any]) -> dict[str, Any]:

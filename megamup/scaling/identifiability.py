@@ -22,7 +22,7 @@ from scipy.stats import norm
 from scipy.stats import t as student
 
 from megamup.errors import MegamupError
-from megamup.scaling.fit import Data, Fit, problem_of
+from megamup.scaling.fit import Data, Fit, check_enough, linearised
 from megamup.scaling.laws.base import LOG_COEFFICIENTS, FloatArray, Law
 
 ROUNDING = 1e10
@@ -40,6 +40,9 @@ STEP = 4.0
 """A suggested run is this far beyond the points: one step takes an input past `NARROW`."""
 GENERIC = 8
 """θ at which a rank is looked for: it is that of all but a null set of them."""
+NO_SCALES = {"L", "curve", "step"}
+"""Inputs that no run can be asked for at four times their value: losses, which follow from the runs, and places on a
+curve. Their ranges aren't judged either, a loss being a power of the scales already."""
 TAKES_PART = 0.1
 """Share of a null vector's largest entry below which a parameter has no part in it."""
 
@@ -50,19 +53,22 @@ def check(law: Law, data: Data) -> None:
     Raises:
         MegamupError: what the points lack, and runs that would supply it.
     """
+    check_enough(law, data.inputs)
     thetas = _generic(law, data)
     jacobians = law.jacobian(thetas, data.log_x)
     lost = _null_parameters(law, jacobians, ROUNDING)
     line = _line(law, data)
     if line is None and not lost:
         return
-    apart = _and(lost) if lost else f"the terms in {_and(law.inputs)}"
+    apart = f"tell apart {_and(lost)}" if lost else f"tell apart the terms in {_and(law.inputs)}"
+    if len(lost) == 1:
+        apart = f"determine {lost[0]}"
     if line is None:
         cause, first = _constant(law, data) or f"the {len(data.response)} given", data.inputs[:0]
     else:
         cause, first = line
     raise MegamupError(
-        f"points: {cause}; from these the law {law.name} ({law.formula}) can't tell apart {apart}: "
+        f"points: {cause}; from these the law {law.name} ({law.formula}) can't {apart}: "
         f"{_to_add(law, suggest(law, data, thetas, ROUNDING, first))}"
     )
 
@@ -135,7 +141,8 @@ def suggest(law: Law, data: Data, thetas: FloatArray, limit: float, first: Float
         first: (j, d), runs that are added in any case.
     """
     d, size = len(law.inputs), _size(law)
-    steps = np.log(STEP) * np.concatenate([-np.eye(d), np.eye(d)])
+    axes = np.eye(d)[_scales(law)]
+    steps = np.log(STEP) * np.concatenate([-axes, axes])
     candidates = np.unique((data.log_x[:, np.newaxis] + steps).reshape(-1, d), axis=0)
     candidates = candidates[np.all(np.isfinite(law.log_value(thetas, candidates)), axis=0)]
     new_size = np.zeros(len(candidates), dtype=bool)
@@ -216,7 +223,7 @@ def _on_line(log_x: FloatArray) -> tuple[bool, float]:
 
 def _line(law: Law, data: Data) -> tuple[str, FloatArray] | None:
     """The line that all points lie on, in words, and two runs (2, d) beside it; None where they don't."""
-    varying = [j for j, span in enumerate(np.ptp(data.log_x, axis=0)) if span >= np.log(SAME_RATIO)]
+    varying = [j for j in _scales(law) if np.ptp(data.log_x[:, j]) >= np.log(SAME_RATIO)]
     if len(varying) < 2:
         return None
     centred = data.log_x[:, varying] - data.log_x[:, varying].mean(axis=0)
@@ -241,19 +248,20 @@ def _both_sides(law: Law, data: Data, j: int, span: float) -> FloatArray:
 
 
 def _narrow(law: Law, data: Data) -> Iterator[tuple[str, float, FloatArray]]:
-    """Inputs, and ratios of two, that span less than `NARROW`: name, span, and runs (k, d) that widen it.
-
-    Not losses, where a law takes one as its input: they are powers of the inputs already.
-    """
-    keys = [j for j, key in enumerate(law.inputs) if key != "L"]
-    for j in keys:
+    """Inputs, and ratios of two, that span less than `NARROW`: name, span, and runs (k, d) that widen it."""
+    for j in _scales(law):
         span = float(np.exp(np.ptp(data.log_x[:, j])))
         if span < NARROW:
             yield law.inputs[j], span, _both_sides(law, data, j, span)
-    for i, j in itertools.combinations(keys, 2):
+    for i, j in itertools.combinations(_scales(law), 2):
         span = float(np.exp(np.ptp(data.log_x[:, j] - data.log_x[:, i])))
         if span < NARROW:
             yield f"{law.inputs[j]}/{law.inputs[i]}", span, _both_sides(law, data, j, 1.0)
+
+
+def _scales(law: Law) -> list[int]:
+    """Columns of the inputs that a run can be given."""
+    return [j for j, key in enumerate(law.inputs) if key not in NO_SCALES]
 
 
 def _size(law: Law) -> list[int]:
@@ -279,8 +287,8 @@ def _standard_errors(fit: Fit, noise: float | None) -> FloatArray:
     std = fit.residual_std if noise is None else noise
     free = _free(fit)
     errors = np.full(len(fit.theta), np.inf)
-    _, jacobian = problem_of(fit.law, fit.data, fit.objective)(fit.theta[np.newaxis], slice(None))
-    columns = jacobian[0][:, free]
+    _, jacobian = linearised(fit.law, fit.data, fit.objective, fit.theta)
+    columns = jacobian[:, free]
     lengths = np.linalg.norm(columns, axis=0)
     inverse = np.linalg.pinv(columns / lengths)
     errors[free] = np.nan if std is None else std * np.linalg.norm(inverse, axis=1) / lengths
@@ -300,10 +308,8 @@ def _trade(law: Law, free: Sequence[int], vector: FloatArray) -> str:
 def _to_add(law: Law, rows: FloatArray) -> str:
     """Runs (k, d) to add, in words."""
     if not len(rows):
-        return "add runs that vary the inputs one by one"
-    runs = [
-        "(" + ", ".join(f"{key}={value:.3g}" for key, value in zip(law.inputs, row, strict=True)) + ")" for row in rows
-    ]
+        return f"add points of other {_and(law.inputs)}"
+    runs = [",".join(f"{key}={value:.3g}" for key, value in zip(law.inputs, row, strict=True)) for row in rows]
     return f"add runs such as {_and(runs)}"
 
 

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import t as student
 
 from megamup.errors import MegamupError
-from megamup.scaling.fit import Fit, as_inputs, problem_of, search
+from megamup.scaling.fit import Fit, as_inputs, linearised, problem_of, search
 from megamup.scaling.laws.base import FloatArray
 
 OUTLIER_LEVEL = 0.05
@@ -26,6 +26,8 @@ LARGE_SHIFT = 1.0
 """A deletion that moves the prediction by its own standard error."""
 PIVOTAL = 0.99
 """Leverage at which a run is fitted whatever its loss: some parameter hangs on it alone (Huber 1981, section 7.2)."""
+ALONE = 1 - 1e-6
+"""Leverage at which a refit without the run isn't determined."""
 ROUNDING = 1e-8
 """Share of the response below which residuals are those of losses in single precision, and tell of no run."""
 
@@ -37,7 +39,8 @@ class Influence:
     runs: tuple[int, ...]
     """(r,): their indices in the fit's data."""
     parameter_shifts: FloatArray
-    """(r, p): θ with the run less θ without it, in standard errors of the fit (as DFBETAS); NaN for a term that is gone."""
+    """(r, p): θ with the run less θ without it, in standard errors of the fit (as DFBETAS); NaN for a term that is
+    gone, and, as in all that follows, for a run without which the law isn't determined (leverage 1)."""
     prediction_shifts: FloatArray
     """(r, m): the same of the log of the law at each target (as DFFITS)."""
     cook: FloatArray
@@ -46,7 +49,7 @@ class Influence:
     """(r,): the run's residual from the law fitted without it, over its standard error by those fits (the externally
     studentised residual); NaN where fewer than two degrees of freedom are left. A run's points count by their mean."""
     leverage: FloatArray
-    """(r,): the run's part in the fit of its own points, 0 to 1: the largest eigenvalue of its block of the hat matrix."""
+    """(r,): the run's part in the fit of its own points, 0 to 1: largest eigenvalue of its block of the hat matrix."""
 
 
 def influence(fit: Fit, targets: ArrayLike | None = None) -> Influence:
@@ -67,22 +70,27 @@ def influence(fit: Fit, targets: ArrayLike | None = None) -> Influence:
         )
     kept = 1.0 - np.eye(len(runs))[:, index]  # (r, n)
     theta, _ = search(law, data, fit.objective, np.tile(fit.theta, (len(runs), 1)), kept)
-    problem = problem_of(law, data, fit.objective)
-    residual, jacobian = (a[0] for a in problem(fit.theta[np.newaxis], slice(None)))
-    residuals, jacobians = problem(theta, slice(None))  # (r, n), (r, n, p)
+    residual, jacobian = linearised(law, data, fit.objective, fit.theta)
+    residuals, jacobians = problem_of(law, data, fit.objective)(theta, np.arange(len(runs)))  # (r, n), (r, n, p)
     everyone = np.ones(len(residual))
     floor = ROUNDING * float(np.mean(fit.objective.weights(data.response) * data.response))
     std, inverse = float(_std(residual, everyone, p, floor)), _inverse(jacobian, everyone)
     log_x = np.log(as_inputs([] if targets is None else targets).reshape(-1, len(law.inputs))) - data.log_centre
     relative = law.jacobian(fit.theta, log_x)  # (m, p)
     moved = law.log_value(fit.theta, log_x) - law.log_value(theta, log_x)
+    leverage = _leverage(jacobian, index)
+    studentised = _studentised(residuals, jacobians, kept, p, floor)
+    cook = np.sum((residual - residuals) ** 2, axis=1) / (p * std**2)
+    alone = leverage > ALONE
     return Influence(
         runs=tuple(int(run) for run in runs),
-        parameter_shifts=_over(fit.theta - theta, std * np.sqrt(np.diagonal(inverse))),
-        prediction_shifts=_over(moved, std * np.sqrt(np.einsum("mp,pq,mq->m", relative, inverse, relative))),
-        cook=np.sum((residual - residuals) ** 2, axis=1) / (p * std**2),
-        studentised=_studentised(residuals, jacobians, kept, p, floor),
-        leverage=_leverage(jacobian, index),
+        parameter_shifts=_unless(alone, _over(fit.theta - theta, std * np.sqrt(np.diagonal(inverse)))),
+        prediction_shifts=_unless(
+            alone, _over(moved, std * np.sqrt(np.einsum("mp,pq,mq->m", relative, inverse, relative)))
+        ),
+        cook=_unless(alone, cook),
+        studentised=_unless(alone, studentised),
+        leverage=leverage,
     )
 
 
@@ -95,7 +103,7 @@ def flags(found: Influence, names: Sequence[str], p: int) -> list[str]:
     """
     dof = len(names) - 1 - p
     limit = float(student.ppf(1 - OUTLIER_LEVEL / 2 / len(names), dof)) if dof > 0 else np.inf
-    shift = np.abs(found.prediction_shifts).max(axis=1, initial=0.0)
+    shift = np.abs(np.nan_to_num(found.prediction_shifts)).max(axis=1, initial=0.0)
     words = []
     for i, name in enumerate(names):
         own = []
@@ -122,7 +130,7 @@ def _studentised(residuals: FloatArray, jacobians: FloatArray, kept: FloatArray,
     own = np.sum(out * residuals, axis=1)
     rows = np.einsum("rn,rnp->rp", out, jacobians)
     h = np.einsum("rp,rpq,rq->r", rows, _inverse(jacobians, kept), rows)
-    return -own / (_std(residuals, kept, p, floor) * np.sqrt(1 + h))  # above the law is positive
+    return np.asarray(-own / (_std(residuals, kept, p, floor) * np.sqrt(1 + h)))  # above the law is positive
 
 
 def _std(residuals: FloatArray, kept: FloatArray, p: int, floor: float) -> FloatArray:
@@ -142,7 +150,7 @@ def _inverse(jacobian: FloatArray, kept: FloatArray) -> FloatArray:
 
 
 def _leverage(jacobian: FloatArray, index: NDArray[np.intp]) -> FloatArray:
-    """Largest eigenvalue of each run's block of the hat matrix QQᵀ, from the p x p matrix QᵢᵀQᵢ that shares it: (r,)."""
+    """Largest eigenvalue of each run's block QᵢQᵢᵀ of the hat matrix, from QᵢᵀQᵢ, which shares it: (r,)."""
     lengths = np.linalg.norm(jacobian, axis=0)
     q = np.linalg.qr(jacobian / np.where(lengths > 0, lengths, 1.0))[0]  # (n, p)
     blocks = np.zeros((int(index.max()) + 1, q.shape[1], q.shape[1]))
@@ -150,7 +158,12 @@ def _leverage(jacobian: FloatArray, index: NDArray[np.intp]) -> FloatArray:
     return np.asarray(np.linalg.eigvalsh(blocks)[:, -1])
 
 
+def _unless(out: NDArray[np.bool_], value: FloatArray) -> FloatArray:
+    """The rows of `value` (r, ...), NaN where `out` (r,)."""
+    return np.where(out.reshape(-1, *[1] * (value.ndim - 1)), np.nan, value)
+
+
 def _over(value: FloatArray, scale: FloatArray) -> FloatArray:
     """value / scale, NaN where the scale is 0."""
     value, scale = np.broadcast_arrays(value, scale)
-    return np.divide(value, scale, out=np.full(value.shape, np.nan), where=scale != 0)
+    return np.asarray(np.divide(value, scale, out=np.full(value.shape, np.nan), where=scale != 0))

@@ -25,7 +25,11 @@ class Objective:
     @property
     def meaning(self) -> str:
         """The objective in words."""
-        kind = {"loss": "fitted - measured", "relative": "(fitted - measured) / measured", "log": "log(fitted / measured)"}
+        kind = {
+            "loss": "fitted - measured",
+            "relative": "(fitted - measured) / measured",
+            "log": "log(fitted / measured)",
+        }
         if self.delta is None:
             return f"least squares on {kind[self.scale]}"
         return f"Huber loss with delta {self.delta:g} on {kind[self.scale]}"
@@ -94,6 +98,8 @@ def get_objective(name: str) -> Objective:
         except ValueError:
             delta = 0.0
         if not 0 < delta < np.inf:
-            raise MegamupError(f"objective: {name!r}: delta is {text!r}; expected a number above 0, such as huber:0.001")
+            raise MegamupError(
+                f"objective: {name!r}: delta is {text!r}; expected a number above 0, such as huber:0.001"
+            )
         return Objective(name, "log", delta)
     raise MegamupError(f"objective: {name!r} is unknown; expected one of {', '.join(OBJECTIVES)}, huber:DELTA")

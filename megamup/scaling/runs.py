@@ -255,13 +255,13 @@ def _parts(
     parts: list[_Part] = []
     names: list[str] = []
     for path in tables:
-        table = read_table(path)
+        table = filtered(read_table(path), reading.where)
         logs = histories(table, reading.columns)
         if logs:
-            parts += _logged(logs, reading, names, finished)
+            parts += _logged(logs, replace(reading, where={}), names, finished)
             continue
         prefix = f"{path.stem} " if len(tables) > 1 else ""
-        rows, seen = rows_of(filtered(table, reading.where), reading.columns, reading.exclude, prefix)
+        rows, seen = rows_of(table, reading.columns, reading.exclude, prefix)
         names += seen
         convention = conventions.agreed(table_convention(reading.columns), reading.stated, str(path))
         if curves and convention["loss"].startswith(AS_IN):

@@ -1,9 +1,9 @@
 """Damped Newton's method on sums of ρ(residual), for a whole batch of starts or resamples at once.
 
-Levenberg (1944) and Marquardt (1963) with Nielsen's damping; for Huber's loss the curvature is its own second derivative
-(residuals beyond delta have none) and the damping is measured by the parabola that majorizes it, so that steps are
-Newton's near the optimum and those of reweighted least squares far from it. First-order methods on this objective,
-L-BFGS among them, stop along its valleys and report success: it is nearly flat there and has kinks at delta.
+Levenberg (1944) and Marquardt (1963) with Nielsen's damping; for Huber's loss the curvature is its own second
+derivative (residuals beyond delta have none) and the damping is measured by the parabola that majorizes it, so that
+steps are Newton's near the optimum and those of reweighted least squares far from it. First-order methods on this
+objective, L-BFGS among them, stop along its valleys and report success: it is nearly flat there, with kinks at delta.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megamup.scaling.laws.base import FloatArray
+from megamup.scaling.laws.base import FloatArray, IntArray
 from megamup.scaling.objective import Objective
 
-Problem = Callable[[FloatArray, "slice | FloatArray"], tuple[FloatArray, FloatArray]]
-"""(θ (s, p), which of the batch (s,)) -> residuals (s, n) and their derivative (s, n, p)."""
+Problem = Callable[[FloatArray, IntArray], tuple[FloatArray, FloatArray]]
+"""(θ (s, p), which of the batch each is for (s,)) -> residuals (s, n) and their derivative (s, n, p)."""
 
 MAX_ITERATIONS = 300
 # A step of this share of a parameter's scale changes nothing that is printed.
@@ -35,8 +35,6 @@ class Ends:
     """(s, p)"""
     cost: FloatArray
     """(s,): Σ ρ"""
-    steps: int
-    """Iterations of the slowest."""
 
 
 def minimise(
@@ -54,13 +52,12 @@ def minimise(
     """
     low, high = bounds
     theta = np.clip(starts, low, high)
-    s, p = theta.shape
+    s = len(theta)
     everyone = np.arange(s)
     cost, gradient, hessian, scale = _expand(problem, theta, everyone, objective, weights)
     damping, growth = np.full(s, 1e-3), np.full(s, 2.0)
     active = np.isfinite(cost)
-    iteration = 0
-    for iteration in range(1, max_iterations + 1):
+    for _ in range(max_iterations):
         which = everyone[active]
         if not which.size:
             break
@@ -86,11 +83,11 @@ def minimise(
         damping[down] *= growth[down]
         growth[down] *= 2
         active[which[done]] = False
-    return Ends(theta, cost, iteration)
+    return Ends(theta, cost)
 
 
 def _expand(
-    problem: Problem, theta: FloatArray, which: FloatArray, objective: Objective, weights: FloatArray | None
+    problem: Problem, theta: FloatArray, which: IntArray, objective: Objective, weights: FloatArray | None
 ) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
     """Cost (s,), gradient (s, p), curvature (s, p, p) and the damping's scale (s, p) at θ."""
     with np.errstate(all="ignore"):  # an overflow far from the optimum is a cost that no step accepts

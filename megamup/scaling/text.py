@@ -58,7 +58,7 @@ def fit_lines(result: Result) -> Iterator[str]:
 
 def tried_rows(result: Result) -> list[tuple[str, ...]]:
     """Every law and objective with its error on held-out larger runs."""
-    rows = [("tried", "objective", "held-out error %", "inside %", "widening", "trials")]
+    rows: list[tuple[str, ...]] = [("tried", "objective", "held-out error %", "inside %", "widening", "trials")]
     for tried in result.tried:
         error = "-" if tried.rms_error is None else f"{100 * tried.rms_error:.3f}"
         held = "-" if tried.held is None else f"{100 * tried.held:.0f}"
@@ -70,7 +70,7 @@ def point_rows(result: Result) -> list[tuple[str, ...]]:
     """Points with what the law gives them; the middle of a long list is left out."""
     law, fit = result.law, result.fit
     response = "loss" if law.response == "L" else law.response
-    rows = [("run", *law.inputs, response, "law", "residual %")]
+    rows: list[tuple[str, ...]] = [("run", *law.inputs, response, "law", "residual %")]
     order = np.argsort(fit.inputs.prod(axis=1), kind="stable")
     for index in order:
         measured, fitted = fit.data.response[index], fit.fitted[index]

@@ -4,12 +4,12 @@ A law's likelihood region is every θ whose objective O stays within
 
     O(θ) <= O_min + s² t² / 2,   t: Student's quantile, s²: the variance of the objective's pull on one residual,
 
-and the profile interval of any quantity is the range it takes over that region (Bates & Watts 1988, Nonlinear Regression
-Analysis, ch. 6; for Huber's loss s² as in Huber 1981, ch. 6.6). Offset, coefficients and exponents of a small ladder
-trade against each other along bent valleys, where the ellipse of the delta method is far too short. The region's edge
-is found by adding one pseudo-observation of the quantity to the data and moving its value until the refitted objective
-reaches the limit; for the loss of a new run that observation is the new run itself, noise included. Nothing but the
-bootstrap is random.
+and the profile interval of any quantity is the range it takes over that region (Bates & Watts 1988, Nonlinear
+Regression Analysis, ch. 6; for Huber's loss s² as in Huber 1981, ch. 6.6). Offset, coefficients and exponents of a
+small ladder trade against each other along bent valleys, where the ellipse of the delta method is far too short. The
+region's edge is found by adding one pseudo-observation of the quantity to the data and moving its value until the
+refitted objective reaches the limit; for the loss of a new run that observation is the new run itself, noise included.
+Nothing but the bootstrap is random.
 
 Points of one run (its curve) are no independent evidence: where runs have several points, s² is raised by the ratio of
 the cluster-robust variance (Liang & Zeger 1986) to the plain one, and runs are counted in place of points.
@@ -24,15 +24,15 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import t as student
 
-from megamup.scaling.fit import Fit, as_inputs, problem_of, search
-from megamup.scaling.laws.base import FloatArray, Quantity
+from megamup.scaling.fit import Fit, as_inputs, linearised, problem_of, search
+from megamup.scaling.laws.base import FloatArray, IntArray, Quantity
 from megamup.scaling.solver import minimise
 
 LEVEL = 0.95
 
 Interval = tuple[float | None, float | None]
 
-Targets = Callable[[FloatArray, "FloatArray"], tuple[FloatArray, FloatArray]]
+Targets = Callable[[FloatArray, IntArray], tuple[FloatArray, FloatArray]]
 """(θ (s, p), which target each is for (s,)) -> its value (s,) and gradient by θ (s, p)."""
 
 EXPANSIONS, GROWTH = 24, 1.7
@@ -126,7 +126,8 @@ def quantity_intervals(
     low, high = _profile(fit, _quantities(fit, [_logarithm(quantities[name]) for name in known]), len(known), level)
     ends: dict[str, tuple[float, float | None, float | None]] = dict(found)
     for i, name in enumerate(known):
-        ends[name] = (values[name], *(float(np.exp(e[i])) if np.isfinite(e[i]) else None for e in (low, high)))
+        below, above = (float(np.exp(end[i])) if np.isfinite(end[i]) else None for end in (low, high))
+        ends[name] = (values[name], below, above)
     return ends
 
 
@@ -160,7 +161,7 @@ def theta_covariance(fit: Fit) -> FloatArray | None:
     """Asymptotic covariance of θ, (p, p): s²/ρ'' (JᵀJ)⁻¹, cluster-robust where runs have several points."""
     if no_interval_reason(fit) is not None:
         return None
-    residual, jacobian = (a[0] for a in problem_of(fit.law, fit.data, fit.objective)(fit.theta[np.newaxis], None))
+    residual, jacobian = linearised(fit.law, fit.data, fit.objective, fit.theta)
     lengths = np.linalg.norm(jacobian, axis=0)
     if np.any(lengths == 0):
         return None
@@ -208,7 +209,7 @@ def bootstrap_intervals(
 def _predictions(fit: Fit, log_x: FloatArray) -> Targets:
     """The law at each of `log_x` (m, d), in the objective's scale (logs, or the response itself)."""
 
-    def targets(theta: FloatArray, which: FloatArray) -> tuple[FloatArray, FloatArray]:
+    def targets(theta: FloatArray, which: IntArray) -> tuple[FloatArray, FloatArray]:
         rows = np.arange(len(theta))
         log_value = fit.law.log_value(theta, log_x)[rows, which]
         gradient = fit.law.jacobian(theta, log_x)[rows, which]
@@ -223,7 +224,7 @@ def _predictions(fit: Fit, log_x: FloatArray) -> Targets:
 def _quantities(fit: Fit, functions: Sequence[Quantity]) -> Targets:
     """Functions of the published parameters, with their gradient by θ from central differences."""
 
-    def targets(theta: FloatArray, which: FloatArray) -> tuple[FloatArray, FloatArray]:
+    def targets(theta: FloatArray, which: IntArray) -> tuple[FloatArray, FloatArray]:
         value, gradient = np.empty(len(theta)), np.empty_like(theta)
         for index in np.unique(which):
             take = which == index
@@ -249,7 +250,7 @@ def _delta(fit: Fit, targets: Targets, count: int) -> tuple[FloatArray, FloatArr
     """Value, standard error and design effect (cluster-robust over plain variance, at least 1) of each target."""
     theta = np.tile(fit.theta, (count, 1))
     value, gradient = targets(theta, np.arange(count))
-    residual, jacobian = (a[0] for a in problem_of(fit.law, fit.data, fit.objective)(fit.theta[np.newaxis], None))
+    residual, jacobian = linearised(fit.law, fit.data, fit.objective, fit.theta)
     lengths = np.maximum(np.linalg.norm(jacobian, axis=0), 1e-300)
     inverse = np.linalg.pinv(jacobian / lengths)  # (p, n)
     spread = (gradient / lengths) @ inverse  # (count, n): the target's change by each residual
@@ -306,7 +307,7 @@ def _profile(
 
 def _refine(
     edge: _Edge,
-    which: FloatArray,
+    which: IntArray,
     inside: FloatArray,
     inside_excess: FloatArray,
     inside_theta: FloatArray,
@@ -366,7 +367,7 @@ class _Edge:
         reach = quantile * np.sqrt(std**2 + own**2)
         return _Edge(fit, targets, count, value, reach, variance / own**2, room, True)
 
-    def excess(self, which: FloatArray, v: FloatArray, start: FloatArray) -> tuple[FloatArray, FloatArray]:
+    def excess(self, which: IntArray, v: FloatArray, start: FloatArray) -> tuple[FloatArray, FloatArray]:
         """How far the refit with pseudo-observations `v` (s,) lies beyond the region, near linear in v, and its θ.
 
         0 at the edge, -1 at the optimum.
@@ -374,7 +375,7 @@ class _Edge:
         fit, shrink = self.fit, 1e-9  # so small that Huber's loss of it is a parabola
         problem = problem_of(fit.law, fit.data, fit.objective)
 
-        def augmented(theta: FloatArray, active: FloatArray) -> tuple[FloatArray, FloatArray]:
+        def augmented(theta: FloatArray, active: IntArray) -> tuple[FloatArray, FloatArray]:
             residual, jacobian = problem(theta, active)
             value, gradient = self.targets(theta, which[active])
             unit = np.sqrt(self.precision[which[active]]) * shrink
@@ -393,7 +394,7 @@ class _Edge:
         rise = np.maximum(cost - least, 0) / self.room[which]
         return np.sqrt(rise) - 1, ends.theta
 
-    def reported(self, which: FloatArray, v: FloatArray, theta: FloatArray) -> FloatArray:
+    def reported(self, which: IntArray, v: FloatArray, theta: FloatArray) -> FloatArray:
         """What the end of the interval is: the observation, or the target of the refit."""
         return v if self.noisy else self.targets(theta, which)[0]
 

@@ -22,7 +22,9 @@ def true_loss(x: FloatArray) -> FloatArray:
 
 def noisy_fit(seed: int, x: FloatArray = X, starts: int = 4) -> Fit:
     random = np.random.default_rng(seed)
-    return fit_law(POWER, x, true_loss(x) * (1 + NOISE * random.standard_normal(len(x))), starts=starts, objective="loss")
+    return fit_law(
+        POWER, x, true_loss(x) * (1 + NOISE * random.standard_normal(len(x))), starts=starts, objective="loss"
+    )
 
 
 def region_limit(fit: Fit) -> float:

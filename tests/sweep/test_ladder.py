@@ -251,6 +251,24 @@ def test_the_shipped_ladders_use_their_budgets(name: str, factor: float, tmp_pat
         assert {trial.config.schedule.kind for trial in planned} == {"constant"}
 
 
+def test_real_runs_count_the_flops_that_were_planned(
+    bench: Bench, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # no fakes
+    model = MODEL | {"d_model": 8, "d_ff": 16, "vocab_size": 256, "max_seq_len": 64}
+    config = {"model": model, "data": {"train": str(shards / "train"), "valid": str(shards / "valid")}}
+    config |= {"batch": {"global_sequences": 2}, "train": {"steps": 1}, "run": {"dir": str(bench.folder / "runs")}}
+    bench.config.write_text(yaml.safe_dump(config), encoding="utf-8")
+    ladder = {"kind": "scale_N", "budget": 7e8, "sizes": 2, "span": 2, "tokens_per_parameter": 3, "evaluations": 4}
+    planned = trials(*bench.load(ladder=ladder))
+    assert sweep(bench.path) == 0
+    last = [trial.records()[-1] for trial in planned]
+    assert sum(record["flops"] for record in last) == pytest.approx(total_flops(planned))
+    assert 0.95 * 7e8 < total_flops(planned) <= 7e8
+    for trial in planned:
+        assert 4 <= sum("valid_loss" in record for record in trial.records()) <= 5
+
+
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     """``slurm(ARGUMENTS)``: launch/sweep.sbatch beside an sbatch that only writes down what it was given."""

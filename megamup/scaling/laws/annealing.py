@@ -1,8 +1,8 @@
 """Laws of a whole loss curve by its learning-rate schedule: fitted to some schedules, they predict others.
 
-Inputs are the curve (counted from 1) and the step of each point; the schedules belong to the law, and so do the units of
-θ: areas are divided by a third of the first schedule's, rates by its peak. The warm-up counts towards the area S1 and
-is no annealing.
+Inputs are the curve (counted from 1) and the step of each point; the schedules belong to the law, and so do the units
+of θ: areas are divided by a third of the first schedule's, rates by its peak. The warm-up counts towards the area S1
+and is no annealing.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class Annealing(CurveLaw):
 
     def log_value(self, theta: FloatArray, log_x: FloatArray) -> FloatArray:
         with np.errstate(invalid="ignore"):  # NaN where the annealing would have won more than the loss
-            return np.log(sum(self._terms(theta, log_x)))
+            return np.asarray(np.log(sum(self._terms(theta, log_x))))
 
     def jacobian(self, theta: FloatArray, log_x: FloatArray) -> FloatArray:
         terms = self._terms(theta, log_x)
@@ -148,19 +148,20 @@ class Annealing(CurveLaw):
 
     def _terms(self, theta: FloatArray, log_x: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
         """L0, A·S1^-alpha and -C·S2."""
-        return *self.common(theta, log_x), -np.exp(theta[..., 3, np.newaxis]) * self._momenta(log_x)
+        l0, falling = self.common(theta, log_x)
+        return l0, falling, -np.exp(theta[..., 3, np.newaxis]) * self._momenta(log_x)
 
     def _momenta(self, log_x: FloatArray) -> FloatArray:
         """S2 of each point, in the unit: (n,)."""
-        return self.known.momenta(*self.places(log_x), self.decay) * np.exp(-self.log_momentum)
+        return np.asarray(self.known.momenta(*self.places(log_x), self.decay) * np.exp(-self.log_momentum))
 
 
 @dataclass(frozen=True)
 class MultiPower(CurveLaw):
     """L = L0 + A·S1^-alpha - B·Σ_k (η_{k-1} - η_k)·(1 - (1 + C·η_k^-gamma·S_k)^-beta).
 
-    S1 is the area under the rate with the warm-up's (the source's S1 + S_W), S_k that from step k on: what a fall of the
-    rate wins comes in slowly, as a power of the area since (`Schedules.falls`).
+    S1 is the area under the rate with the warm-up's (the source's S1 + S_W), S_k that from step k on: what a fall of
+    the rate wins comes in slowly, as a power of the area since (`Schedules.falls`).
 
     θ: after the common three, logs of B and of C in the units of rate and area, beta, gamma.
     """
@@ -263,7 +264,9 @@ def predict_curve(
     """
     missing = [name for name in law.parameters if name not in parameters]
     if missing:
-        raise MegamupError(f"{law.name}: no value for {', '.join(missing)}; expected all of {', '.join(law.parameters)}")
+        raise MegamupError(
+            f"{law.name}: no value for {', '.join(missing)}; expected all of {', '.join(law.parameters)}"
+        )
     new = replace(law, schedules=Schedules([schedule]))
     total = len(new.known.rates[0])
     default = np.unique(np.rint(np.linspace(max(1, total // 20), total, CURVE_POINTS)))

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
 
 # Published exponents of the loss lie between 0.05 (Kaplan et al. 2020, by compute) and 0.6 (Besiroglu et al. 2024 by
 # data); the range leaves room on both sides. Below 0.005 a power can't be told from a logarithm, above 3 from a step.
@@ -185,11 +186,11 @@ class SumOfPowers(Law):
     def log_powers(self, exponents: FloatArray, log_x: FloatArray) -> FloatArray:
         """Log of each term without its coefficient: (..., n, k)."""
         by_exponent = np.einsum("kqd,nd->nkq", self.slopes, log_x)
-        return np.einsum("nkq,...q->...nk", by_exponent, exponents)
+        return np.asarray(np.einsum("nkq,...q->...nk", by_exponent, exponents))
 
     def powers_gradient(self, log_x: FloatArray) -> FloatArray:
         """Derivative of `log_powers` by the exponents, which is constant: (n, k, q)."""
-        return np.einsum("kqd,nd->nkq", self.slopes, log_x)
+        return np.asarray(np.einsum("kqd,nd->nkq", self.slopes, log_x))
 
     def log_value(self, theta: FloatArray, log_x: FloatArray) -> FloatArray:
         coefficients, exponents = self.split(theta)
@@ -244,7 +245,7 @@ class SumOfPowers(Law):
         """Log of each term at the centre, without its coefficient: (..., k)."""
         scales = np.log([term.scale for term in self.terms])
         shifted = log_centre[np.newaxis, :] + scales[:, np.newaxis]  # (k, d)
-        return np.einsum("kqd,kd,...q->...k", self.slopes, shifted, exponents)
+        return np.asarray(np.einsum("kqd,kd,...q->...k", self.slopes, shifted, exponents))
 
     def _scale(self, k: int, log: FloatArray, exponents: FloatArray, way: int) -> FloatArray:
         """Log coefficient <-> log x_c of (x_c / x)^α, where the term is written so."""
@@ -264,7 +265,8 @@ def spread(exponent: Exponent, unit: FloatArray) -> FloatArray:
     """Draws over the exponent's range, even in its log where that has one sign."""
     low, high = exponent.low, exponent.high
     if low * high > 0:
-        return np.sign(low) * np.exp(np.log(abs(low)) + unit * (np.log(abs(high)) - np.log(abs(low))))
+        ends = np.log(abs(low)), np.log(abs(high))
+        return np.asarray(np.sign(low) * np.exp(ends[0] + unit * (ends[1] - ends[0])))
     return low + unit * (high - low)
 
 

@@ -56,8 +56,8 @@ def frontier(
 ) -> dict[str, Quantity]:
     """What a law of N and D says at ``{"C": budget}`` or at ``{"L": loss}``.
 
-    At a budget: N_opt, D_opt, D_per_N (tokens per parameter) and L, the loss there. At a loss: C, the FLOPs that reach it
-    on the frontier, and the same of N and D; NaN for a loss that the law never reaches.
+    At a budget: N_opt, D_opt, D_per_N (tokens per parameter) and L, the loss there. At a loss: C, the FLOPs that reach
+    it on the frontier, with N_opt, D_opt and D_per_N there; NaN for a loss that the law never reaches.
 
     Args:
         terms: parameters (..., p) -> the part that N and D share between them.

@@ -55,7 +55,7 @@ class DataConstrained(Law):
     """
 
     name = "data-constrained"
-    formula = "L = E + A/N'^alpha + B/D'^beta, D' = U_D·(1 + R_D·(1 - exp(-(D/U_D - 1)/R_D))), N' likewise"
+    formula = "L = E + A/N'^alpha + B/D'^beta, D' = U_D·(1 + R_D·(1 - exp(-(D/U_D - 1)/R_D))), N' likewise of U_N, R_N"
     inputs = ("N", "D", "U")
     parameters = ("E", "A", "B", "alpha", "beta", "R_D", "R_N")
     source = "Muennighoff et al. 2023, arXiv:2305.16264, eq. 5 and 6"

@@ -14,7 +14,7 @@ from megamup.errors import MegamupError
 from megamup.scaling.laws.base import FloatArray
 
 BLOCKS = 64
-"""Groups that the steps before a point are summed in, each longer than the next, so that the latest are single steps."""
+"""Groups that the steps before a point are summed in, each longer than the next: the latest are single steps."""
 
 
 REMEMBERED = 16
@@ -101,8 +101,8 @@ class Schedules:
     def _falls_before(self, curve: int, step: int) -> tuple[FloatArray, FloatArray, FloatArray]:
         """Sums of the falls of each block, and their rate and area at the mean of what fell in it: (m,) each.
 
-        Blocks are even in the log of the distance to the point, in which the law is smooth; one sharp fall in a block is
-        exact wherever it lies.
+        Blocks are even in the log of the distance to the point, in which the law is smooth; one sharp fall in a block
+        is exact wherever it lies.
         """
         fall = _falls(self.rates[curve])[:step]
         area = self._area[curve][step - 1] - self._area[curve][:step] + self.rates[curve][:step]

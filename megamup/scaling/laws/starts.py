@@ -7,7 +7,7 @@ import numpy as np
 from megamup.scaling.laws.base import Exponent, FloatArray
 
 LIKELY_EXPONENT = Exponent("", 0.1, 1.5)
-"""Where exponents of a loss begin: nearer to 0 a term can't be told from the offset, and a search takes one for the other."""
+"""Where exponents of a loss begin: nearer to 0 a search takes a term for the offset."""
 
 LEAST_SHARE = 0.01
 """Least part of the response that a term starts with: one at 0 would have no effect that a search could follow."""

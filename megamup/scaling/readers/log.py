@@ -48,6 +48,12 @@ def by_step(records: Iterable[Record]) -> list[Record]:
     return [merged[step] for step in sorted(merged)]
 
 
+def by_wandb_step(records: Sequence[Record]) -> list[Record]:
+    """`by_step` of records with wandb's `_step`, which counts calls: their own `step` only where every one has it."""
+    own = all(isinstance(record.get("step"), int | float) for record in records)
+    return by_step(records if own else [record | {"step": record["_step"]} for record in records])
+
+
 def flat(values: Mapping[str, Any], prefix: str = "") -> Record:
     """Nested mappings as one, with dots between their keys."""
     found: Record = {}

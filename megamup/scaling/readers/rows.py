@@ -95,16 +95,15 @@ def tracks_of_rows(points: Sequence[RowPoint], path: str) -> list[Track]:
         by_run.setdefault(point.run, []).append(point)
     if "" in by_run:
         raise MegamupError(
-            f"{path}: its rows are single points; for curves, say which column names the run: run=COLUMN"
+            f"{path}: its rows are single points; expected several of a run to make a curve: say which column names it "
+            "with --columns run=COLUMN"
         )
     return [_track(run, rows, path) for run, rows in by_run.items()]
 
 
 def _track(run: str, rows: Sequence[RowPoint], path: str) -> Track:
     if any("D" not in row.inputs for row in rows):
-        raise MegamupError(
-            f"{path}: a curve needs the tokens seen at each row: say which column with --columns D=COLUMN"
-        )
+        raise MegamupError(f"{path}: D is missing; expected the tokens at every row of a curve: add --columns D=COLUMN")
     ordered = sorted(rows, key=lambda row: row.inputs["D"])
     step, tokens, flops = (np.array([row.inputs.get(key, math.nan) for row in ordered]) for key in ("S", "D", "C"))
     if np.any(np.diff(tokens) == 0):

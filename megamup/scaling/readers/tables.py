@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megamup.errors import MegamupError
-from megamup.scaling.readers.log import Record, RunLog, by_step, flat, listed, matches, nearest
+from megamup.scaling.readers.log import Record, RunLog, by_step, by_wandb_step, flat, listed, matches, nearest
 
 CHART_STEP = "Step"
 CHART_RUN = " - "
@@ -100,11 +101,13 @@ def histories(table: Table, columns: Mapping[str, str]) -> list[RunLog]:
         return _chart(table)
     if "_step" not in table.columns:
         return []
+    if "run" in columns:
+        table.check_column(columns["run"], f"--columns: run={columns['run']}")
     runs: dict[str, list[Record]] = {}
     for row in table.rows:
-        name = str(row.cells.get(columns["run"])) if "run" in columns else table.path.stem
-        runs.setdefault(name, []).append(_known({"step": _step(row, "_step")} | row.cells))
-    return [RunLog(name, None, by_step(records)) for name, records in runs.items()]
+        name = str(row.cells[columns["run"]]) if "run" in columns else table.path.stem
+        runs.setdefault(name, []).append(_numbers(row.cells) | {"_step": _step(row, "_step")})
+    return [RunLog(name, None, by_wandb_step(records)) for name, records in runs.items()]
 
 
 def facts_by_run(path: Path) -> dict[str, Record]:
@@ -139,9 +142,17 @@ def _step(row: Row, column: str) -> float:
         raise MegamupError(f"{row.where}: {column} is {row.cells.get(column)!r}; expected the step's number") from None
 
 
-def _known(record: Record) -> Record:
-    """Without the cells that an export leaves empty where a step logged nothing."""
-    return {key: value for key, value in record.items() if value not in ("", None, "NaN") and value == value}
+def _numbers(cells: Record) -> Record:
+    """The cells that hold a number: an export leaves those empty that a step didn't log."""
+    found: Record = {}
+    for key, value in cells.items():
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            continue
+        if not math.isnan(number):
+            found[key] = number
+    return found
 
 
 def _csv_rows(path: Path, text: str) -> tuple[list[Row], list[str]]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
-from typing import Any
 
 from megamup.errors import MegamupError
 from megamup.scaling.readers.log import Record, RunLog, by_step
@@ -24,12 +22,12 @@ def read_tensorboard_run(name: str, path: Path) -> RunLog:
         MegamupError: the tensorboard package is missing, or there are no scalars.
     """
     try:
-        accumulator: Any = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
-        tensor_util: Any = importlib.import_module("tensorboard.util.tensor_util")
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+        from tensorboard.util import tensor_util
     except ImportError as error:
         raise MegamupError(f"{path}: reading it takes the tensorboard package; pip install 'megamup[log]'") from error
     # 0: keep all, where the default is a sample of them.
-    events = accumulator.EventAccumulator(str(path), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+    events = EventAccumulator(str(path), size_guidance={"scalars": 0, "tensors": 0}).Reload()
     tags = events.Tags()
     records: list[Record] = [
         {tag: event.value, "step": event.step} for tag in tags["scalars"] for event in events.Scalars(tag)

@@ -12,7 +12,7 @@ import numpy as np
 
 from megamup.errors import MegamupError
 from megamup.scaling.curves import Curve, FloatArray
-from megamup.scaling.readers.columns import Expression, parse_expression
+from megamup.scaling.readers.columns import QUANTITIES, Expression, parse_expression
 from megamup.scaling.readers.log import RunLog, listed
 
 CONSTANTS = ("N", "B", "U", "lr")
@@ -64,7 +64,7 @@ def track_of(log: RunLog, columns: Mapping[str, str], defaults: Mapping[str, str
     expressions = {
         key: parse_expression(key, text, known, f"run {log.name}")
         for key, text in (dict(defaults) | dict(columns)).items()
-        if key in columns or text in known
+        if key in QUANTITIES and (key in columns or text in known)
     }
     for key, what in (("L", "loss"), ("D", "tokens seen")):
         if key not in expressions:
@@ -127,12 +127,19 @@ def _curve(log: RunLog, series: Mapping[str, tuple[FloatArray, FloatArray]], los
         )
     nothing = (steps[:0], steps[:0])
     tokens, flops, optimizer_steps = (_at_steps(steps, *series.get(key, nothing)) for key in ("D", "C", "S"))
-    inside = np.isfinite(tokens) & np.concatenate([[True], np.diff(tokens) > 0])
-    if not inside.any():
+    known = np.isfinite(tokens)
+    if not known.any():
         raise MegamupError(
             f"{log.name}: tokens are known at no step that {loss} was logged at; expected both: correct --columns D=..."
         )
-    return Curve(optimizer_steps[inside], tokens[inside], flops[inside], losses[inside])
+    curve = Curve(optimizer_steps[known], tokens[known], flops[known], losses[known])
+    rises = np.diff(curve.tokens)
+    if np.any(rises < 0) or (len(rises) and not rises.any()):
+        raise MegamupError(
+            f"{log.name}: tokens go from {curve.tokens[0]:g} to {curve.tokens[-1]:g} and don't always rise; expected "
+            "those seen so far, not those of a step: correct --columns D=..."
+        )
+    return curve.at_rows(np.concatenate([rises > 0, [True]]))  # of records at the same tokens the last
 
 
 def _at_steps(steps: FloatArray, known: FloatArray, values: FloatArray) -> FloatArray:

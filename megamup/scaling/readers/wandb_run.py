@@ -7,7 +7,6 @@ zlib's CRC-32 in place of Castagnoli's, after a header of 7 bytes.
 
 from __future__ import annotations
 
-import importlib
 import json
 import struct
 import zlib
@@ -17,7 +16,7 @@ from typing import Any
 
 from megamup.errors import MegamupError
 from megamup.parameters import count
-from megamup.scaling.readers.log import Record, RunLog, by_step, flat
+from megamup.scaling.readers.log import Record, RunLog, by_wandb_step, flat
 from megamup.sections import Model
 
 HEADER = struct.Struct("<4sHB")
@@ -47,7 +46,7 @@ def read_wandb_run(name: str, path: Path) -> RunLog:
         MegamupError: the wandb package is missing, or the file is broken or without history.
     """
     try:
-        messages: Any = importlib.import_module("wandb.proto.wandb_internal_pb2")
+        from wandb.proto import wandb_internal_pb2 as messages
     except ImportError as error:
         raise MegamupError(f"{path}: reading it takes the wandb package; pip install 'megamup[log]'") from error
     file = wandb_file(path)
@@ -67,13 +66,12 @@ def read_wandb_run(name: str, path: Path) -> RunLog:
             config |= _values(message.config.update)
         elif kind == "history":
             record = flat(_values(message.history.item))
-            step = record.setdefault("_step", message.history.step.num)
-            records.append({"step": step} | record)
+            records.append({"_step": message.history.step.num} | record)
     if not records:
         raise MegamupError(f"{file}: holds no history; the run logged nothing, so leave it out")
     facts = flat(config)
     convention = facts.get("train.flops_convention")
-    return RunLog(name, path, by_step(records), facts | _counts(config), convention)
+    return RunLog(name, path, by_wandb_step(records), facts | _counts(config), convention)
 
 
 def _payloads(path: Path) -> Iterator[bytes]:

@@ -1,8 +1,10 @@
-"""For every law: points of a believable design, and published (or like) parameters that they are made from."""
+"""For every law its published parameters (or some like them) and points of a believable design that lie on it.
+
+What the tests and the benchmark recover the parameters from.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,8 +17,8 @@ PF_DAY = 8.64e19
 
 
 @dataclass(frozen=True)
-class Case:
-    """A law and the truth it is to find."""
+class Example:
+    """A law and the truth that a fit to its points is to find."""
 
     law: Law
     """Bound to its points."""
@@ -88,16 +90,15 @@ _TABLE: dict[str, tuple[FloatArray, list[float]]] = {
 }
 
 
-def case(name: str) -> Case:
-    """The case of the law called `name`."""
+def example(name: str) -> Example:
+    """The law called `name` with its points."""
     inputs, truth = _TABLE[name]
     inputs = inputs.reshape(len(inputs), -1)
     law = get_law(name)
     if isinstance(law, CurveLaw):
         law = replace(law, schedules=SCHEDULES)
     law = law.bound_to(dict(zip(law.inputs, inputs.T, strict=True)))
-    return Case(law, inputs, np.array(truth))
+    return Example(law, inputs, np.array(truth))
 
 
 NAMES = list(LAWS)
-Maker = Callable[[str], Case]

@@ -8,12 +8,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from megamup.errors import MegamupError
-from megamup.scaling.backtest import Backtest
+from megamup.scaling.backtest import Backtest, backtest
 from megamup.scaling.choice import CANDIDATES, Choice, choose
+from megamup.scaling.curve_backtest import CurveEvidence
+from megamup.scaling.curve_table import CurveTable
 from megamup.scaling.fit import Data, Fit, check_enough, fit_law, warnings_of
 from megamup.scaling.identifiability import check, check_fit
 from megamup.scaling.laws import LAWS, POWER_INPUTS, REDUCTIONS, get_law
 from megamup.scaling.laws.base import FloatArray, Law
+from megamup.scaling.laws.frontier import FLOPS_PER_PARAMETER_AND_TOKEN
 from megamup.scaling.laws.loss import power
 from megamup.scaling.reduction import Curves, reduce_runs
 from megamup.scaling.runs import Ladder
@@ -29,11 +32,9 @@ class Tried:
     law: str
     objective: str
     rms_error: float | None
-    """Root mean square of log(predicted / measured) over held-out larger runs; None without any."""
-    held: float | None
-    """Share of held-out runs inside their 95% interval before widening."""
-    inflation: float
+    """Root mean square of log(predicted / measured) over the next larger runs, held out; None without any."""
     trials: int
+    """Predictions of held-out runs."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,10 @@ class Result:
     """The runs before the reduction."""
     companions: tuple[Result, ...] = ()
     """Other laws of the same reduction."""
+    curve_evidence: CurveEvidence | None = None
+    """Of a law of whole curves: the schedules, and what holding them out has shown, in place of the backtest."""
+    curves: CurveTable | None = None
+    """Training losses of the ladder's runs while they trained, for the band of a larger run (`forecast.band`)."""
 
     @property
     def law(self) -> Law:
@@ -127,6 +132,25 @@ def inputs_of(ladder: Ladder, law: Law) -> FloatArray:
     return np.column_stack([ladder.losses if key == "L" else ladder.columns([key])[:, 0] for key in law.inputs])
 
 
+def completed(ladder: Ladder, needed: set[str]) -> Ladder:
+    """The ladder with D or C from C = 6·N·D, where it is needed and all points have the other two; with a warning."""
+    known = known_inputs(ladder)
+    missing = next((key for key in ("D", "C") if key in needed and key not in known), None)
+    other = {"D": "C", "C": "D"}.get(missing or "")
+    if missing is None or not {"N", other} <= known:
+        return ladder
+    flops = FLOPS_PER_PARAMETER_AND_TOKEN
+    points = []
+    for point in ladder.points:
+        n, x = point.inputs["N"], point.inputs[str(other)]
+        value = x / (flops * n) if missing == "D" else flops * n * x
+        points.append(replace(point, inputs=point.inputs | {missing: value}))
+    formula = "C/(6·N)" if missing == "D" else "6·N·D"
+    warning = f"{missing} is not given and taken as {formula}; name its column where the runs counted otherwise"
+    convention = ladder.convention | ({"flops": "6N"} if missing == "C" else {})
+    return replace(ladder, points=tuple(points), convention=convention, warnings=(*ladder.warnings, warning))
+
+
 def sizes_of(ladder: Ladder, law: Law) -> FloatArray:
     """What orders runs from small to large (n,): FLOPs where known, else N·D, else the law's first input."""
     known = known_inputs(ladder)
@@ -154,6 +178,7 @@ def analyse(
     Raises:
         MegamupError: points that don't determine the law, with what to add.
     """
+    ladder = completed(ladder, {key for law in laws for key in law.inputs})
     prepared: list[tuple[Law, Data, FloatArray]] = []
     for law in laws:
         x = inputs_of(ladder, law)
@@ -170,12 +195,13 @@ def analyse(
         chosen.law, data.inputs, data.response, objective=chosen.objective, seed=seed, runs=data.runs.tolist()
     )
     found = check_fit(fit)
+    test = backtest(fit.law, data, fit.objective, sizes_of(ladder, fit.law), names)
     intervals = parameter_intervals(fit)
     return Result(
         fit=fit,
         ladder=ladder,
         intervals=intervals,
-        backtest=chosen.backtest,
+        backtest=test,
         tried=_table(choice),
         reason=choice.reason,
         warnings=[
@@ -183,7 +209,7 @@ def analyse(
             *warnings_of(fit),
             *found,
             *_interval_warnings(fit, intervals),
-            *chosen.backtest.warnings(),
+            *test.warnings(),
         ],
         provenance=provenance or {},
         seed=seed,
@@ -206,6 +232,7 @@ def analyse_reduced(
     Raises:
         MegamupError: as `reduce_runs`; too few points are left for the first law.
     """
+    ladder = completed(ladder, set(REDUCTIONS[name].inputs))
     reduced = reduce_runs(name, ladder, curves)
     found: list[Result] = []
     warnings = list(reduced.warnings)
@@ -232,8 +259,6 @@ def _table(choice: Choice) -> tuple[Tried, ...]:
             candidate.law.name,
             candidate.objective.name,
             candidate.backtest.rms_error,
-            candidate.backtest.held,
-            candidate.backtest.inflation,
             len(candidate.backtest.trials),
         )
         for candidate in choice.tried

@@ -15,14 +15,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megamup.errors import MegamupError
-from megamup.scaling.fit import Data, fit_law
-from megamup.scaling.laws.base import FloatArray, Law
+from megamup.scaling.fit import Data, Fit, fit_law
+from megamup.scaling.laws.base import FloatArray, IntArray, Law
 from megamup.scaling.objective import Objective
 from megamup.scaling.uncertainty import LEVEL, degrees_of_freedom, predict
 
 MAX_FOLDS = 12
+SAME_VALUE = 1.01
+MAX_TRIALS = 20
+"""Points of the next rung, and beyond it, that a fold predicts."""
 STARTS = 8
 MIN_SHARE = 0.5
 """Every fold fits at least half of the points: a law fitted to a few tiny runs says little of one fitted to all."""
@@ -145,51 +149,68 @@ def backtest(
         size: (n,), what runs are ordered by: FLOPs, or the law's only input; a run of several points has their
             geometric mean.
         least: runs that every fit has at least; default the law's parameters and one more, for intervals.
-        intervals: without them only errors are found (`needed` is 0), as a choice between laws wants.
+        intervals: without them only errors of the next rungs are found (`needed` is 0), as a choice of law wants.
     """
-    size, needed = _of_runs(size, data), len(law.parameters) + 1
-    count = len(np.unique(data.runs))
-    needed = max(least or 0, needed, math.ceil(count * MIN_SHARE))
-    folds, trials = 0, []
-    for cut, until in _cuts(np.array([size[data.runs == run][0] for run in np.unique(data.runs)]), needed):
-        below, above = size <= cut, size > cut
-        try:
-            fit = fit_law(
-                law,
-                data.inputs[below],
-                data.response[below],
-                objective=objective,
-                starts=STARTS,
-                runs=data.runs[below].tolist(),
-            )
-        except MegamupError:
-            continue  # too few different inputs below this cut
-        if degrees_of_freedom(fit) <= 0:
-            continue
-        if _unmoved(data.inputs[below]):
-            continue
-        rows = np.flatnonzero(above)
-        value = fit.at(data.inputs[rows])
-        # A law with a parameter for each group of points says nothing of a group that it hasn't seen.
-        rows, value = rows[np.isfinite(value)], value[np.isfinite(value)]
-        if not rows.size:
+    size, runs = _of_runs(size, data), np.unique(data.runs)
+    needed = max(least or 0, len(law.parameters) + 1, math.ceil(len(runs) * MIN_SHARE))
+    folds, trials = 0, list[Trial]()
+    for cut, until in _cuts(np.array([size[data.runs == run][0] for run in runs]), needed):
+        fit = _fit_below(law, data, objective, size <= cut)
+        near, far = np.flatnonzero((size > cut) & (size <= until)), np.flatnonzero(size > until)
+        rows = _spread_out(near, far if intervals else far[:0])
+        if fit is None or not (found := _predicted(fit, data, rows, intervals)):
             continue
         folds += 1
-        prediction = predict(fit, data.inputs[rows]) if intervals else None
-        for i, row in enumerate(rows):
-            trials.append(
-                Trial(
-                    run=names[int(row)],
-                    fitted=int(below.sum()),
-                    distance=float(size[row] / cut),
-                    predicted=float(value[i]),
-                    measured=float(data.response[row]),
-                    low=float(prediction.low[i]) if prediction else 0.0,
-                    high=float(prediction.high[i]) if prediction else math.inf,
-                    next_rung=bool(size[row] <= until),
-                )
+        trials += [
+            Trial(
+                run=names[row],
+                fitted=len(fit.loss),
+                distance=float(size[row] / cut),
+                predicted=value,
+                measured=float(data.response[row]),
+                low=low,
+                high=high,
+                next_rung=bool(size[row] <= until),
             )
+            for row, value, low, high in found
+        ]
     return Backtest(tuple(trials), folds)
+
+
+def _fit_below(law: Law, data: Data, objective: Objective, below: NDArray[np.bool_]) -> Fit | None:
+    """The law fitted to the points `below` (n,); None where they don't determine it."""
+    x, runs = data.inputs[below], data.runs[below].tolist()
+    # An input of one value only: what depends on it can't be fitted.
+    if np.any(x.max(axis=0) <= x.min(axis=0) * SAME_VALUE):
+        return None
+    try:
+        fit = fit_law(law, x, data.response[below], objective=objective, starts=STARTS, runs=runs)
+    except MegamupError:
+        return None  # too few different inputs
+    return fit if degrees_of_freedom(fit) > 0 else None
+
+
+def _predicted(fit: Fit, data: Data, rows: IntArray, intervals: bool) -> list[tuple[int, float, float, float]]:
+    """Each point's row, prediction and interval; a law with a parameter for each group may know nothing of some."""
+    value = fit.at(data.inputs[rows])
+    rows, value = rows[np.isfinite(value)], value[np.isfinite(value)]
+    if not len(rows):
+        return []
+    low, high = np.zeros(len(rows)), np.full(len(rows), np.inf)
+    if intervals:
+        prediction = predict(fit, data.inputs[rows])
+        low, high = prediction.low, prediction.high
+    return list(zip(rows.tolist(), value.tolist(), low.tolist(), high.tolist(), strict=True))
+
+
+def _spread_out(near: IntArray, far: IntArray) -> IntArray:
+    """The points to predict: those of the next rung, and evenly chosen ones beyond, `MAX_TRIALS` of each at most."""
+    chosen = [
+        rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), MAX_TRIALS)).round().astype(np.int64))]
+        for rows in (near, far)
+        if len(rows)
+    ]
+    return np.concatenate(chosen) if chosen else near
 
 
 def _of_runs(size: FloatArray, data: Data) -> FloatArray:
@@ -211,8 +232,3 @@ def _cuts(size: FloatArray, needed: int) -> list[tuple[float, float]]:
         (float(ordered[place]), float(ordered[places[k + 1] if k + 1 < len(places) else last]))
         for k, place in enumerate(places)
     ]
-
-
-def _unmoved(inputs: FloatArray) -> bool:
-    """Whether an input has one value only: what depends on it can't be fitted from these points."""
-    return bool(np.any(inputs.max(axis=0) <= inputs.min(axis=0) * 1.01))

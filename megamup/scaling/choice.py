@@ -59,7 +59,11 @@ def choose(laws: Sequence[tuple[Law, Data, FloatArray]], objectives: Sequence[st
     """
     most = max(len(law.parameters) for law, _, _ in laws)
     tried = tuple(
-        Candidate(law, get_objective(name), backtest(law, data, get_objective(name), size, names, least=most + 1))
+        Candidate(
+            law,
+            get_objective(name),
+            backtest(law, data, get_objective(name), size, names, least=most + 1, intervals=False),
+        )
         for law, data, size in laws
         for name in objectives
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,11 @@ from megamup.errors import MegamupError
 from megamup.files import write_json_atomic
 from megamup.scaling.analysis import Result, Tried, inputs_of, response_of
 from megamup.scaling.backtest import Backtest, Trial
+from megamup.scaling.curve_table import CurveTable
 from megamup.scaling.fit import Data, Diagnostics, Fit
 from megamup.scaling.laws import get_law
+from megamup.scaling.laws.annealing import CurveLaw
+from megamup.scaling.laws.schedules import Schedules
 from megamup.scaling.objective import get_objective
 from megamup.scaling.runs import Ladder, Point
 from megamup.scaling.uncertainty import LEVEL, covariance, no_interval_reason
@@ -64,6 +67,7 @@ def to_json(result: Result, folder: Path) -> dict[str, Any]:
             "log_centre": fit.data.log_centre.tolist(),
             **asdict(fit.diagnostics),
         },
+        "schedules": fit.law.known.knots() if isinstance(fit.law, CurveLaw) else None,
         "covariance": None if matrix is None else matrix.tolist(),
         "backtest": {
             "folds": result.backtest.folds,
@@ -85,6 +89,7 @@ def to_json(result: Result, folder: Path) -> dict[str, Any]:
         "reduction": result.reduction,
         "runs": None if result.runs is None else [_point_json(point, folder) for point in result.runs.points],
         "companions": [to_json(companion, folder) for companion in result.companions],
+        "curves": None if result.curves is None else asdict(result.curves),
         "provenance": result.provenance,
     }
 
@@ -129,6 +134,8 @@ def _from_json(content: dict[str, Any], folder: Path) -> Result:
     if ladder.hash() != content["data_sha256"]:
         raise _ChangedError(content["data_sha256"])
     law = get_law(content["law"], content["inputs"][0] if content["law"] == "power" else None)
+    if isinstance(law, CurveLaw):
+        law = replace(law, schedules=Schedules.from_knots(content["schedules"]))
     inputs = inputs_of(ladder, law)
     law = law.bound_to(dict(zip(law.inputs, inputs.T, strict=True)))
     optimum = content["optimum"]
@@ -155,6 +162,7 @@ def _from_json(content: dict[str, Any], folder: Path) -> Result:
         reduction=content["reduction"],
         runs=None if content["runs"] is None else _ladder(content["runs"], content["convention"], folder),
         companions=tuple(_from_json(companion, folder) for companion in content["companions"]),
+        curves=None if content["curves"] is None else _curves(content["curves"]),
     )
 
 
@@ -184,6 +192,12 @@ def _ladder(points: list[dict[str, Any]], convention: dict[str, str], folder: Pa
         for point in points
     )
     return Ladder(tuple(found), convention)
+
+
+def _curves(table: dict[str, Any]) -> CurveTable:
+    losses = tuple(None if row is None else tuple(row) for row in table["losses"])
+    arrays = {key: tuple(table[key]) for key in ("fractions", "noise")}
+    return CurveTable(**table | arrays | {"losses": losses})
 
 
 def _finite(trial: dict[str, Any]) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def fit_parabola(x: FloatArray, y: FloatArray, window: int | None = None) -> Par
         first = min(max(best - window // 2, 0), len(x) - window)
         x, y = x[order][first : first + window], y[order][first : first + window]
     if len(np.unique(x)) < NEEDED:
-        return _faulty(f"{len(np.unique(x))} different values; expected at least {NEEDED}")
+        return _faulty(f"{len(np.unique(x))} different values of the {NEEDED} that a parabola takes")
     centre = float(np.log(x).mean())
     basis = np.vander(np.log(x) - centre, 3)  # (n, 3): squares, log x, 1
     coefficients, *_ = np.linalg.lstsq(basis, y, rcond=None)

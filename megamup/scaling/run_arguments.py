@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from megamup.errors import MegamupError
-from megamup.scaling.curves import Curve, parse_at, parse_smoothing
+from megamup.scaling.curves import Curve, Smoothing, parse_at, parse_smoothing
 from megamup.scaling.readers.columns import parse_pairs
 from megamup.scaling.readers.conventions import parse_stated
-from megamup.scaling.runs import LOSSES, PARAMETER_COUNTS, Ladder, Point, Reading, load, load_curves
+from megamup.scaling.readers.track import Track
+from megamup.scaling.runs import LOSSES, PARAMETER_COUNTS, Ladder, Point, Reading, load, load_curves, load_tracks
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +45,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--where", action="append", default=[], metavar="col=value[,value]", help="keep rows or runs with these values"
     )
     group.add_argument("--exclude", nargs="+", default=[], metavar="NAME", help="runs to leave out, by name")
-    group.add_argument("--loss", choices=LOSSES, default="valid_loss", help="which loss of a run (default %(default)s)")
+    group.add_argument(
+        "--loss", choices=LOSSES, help="which loss of a run (default valid_loss; loss for laws of whole curves)"
+    )
     group.add_argument(
         "--parameters", choices=PARAMETER_COUNTS, default="non_embedding", help="what N counts in run folders"
     )
@@ -86,7 +90,7 @@ def reading_of(arguments: argparse.Namespace) -> Reading:
             raise MegamupError(f"--where: {text!r} is no COLUMN=VALUE; expected such as train_dataset=rpj")
         conditions[column] = (*conditions.get(column, ()), *values.split(","))
     return Reading(
-        loss=arguments.loss,
+        loss=arguments.loss or "valid_loss",
         parameters=arguments.parameters,
         columns=parse_pairs(arguments.columns, "--columns", "C=flops,L=loss"),
         at=parse_at(arguments.at) if arguments.at else None,
@@ -115,3 +119,18 @@ def read_curves(arguments: argparse.Namespace) -> list[tuple[Point, Curve]]:
     """
     ladder, curves = load_curves(arguments.runs, arguments.data, reading_of(arguments))
     return list(zip(ladder.points, curves, strict=True))
+
+
+def read_tracks(arguments: argparse.Namespace) -> tuple[Ladder, list[Track]]:
+    """Each run as a law of its whole curve sees it: training loss unless told otherwise, smoothed only if told to.
+
+    Raises:
+        MegamupError: as `reading_of` and `runs.load_tracks`; a moment asked for.
+    """
+    if arguments.at:
+        raise MegamupError(f"--at: {arguments.at!r}; a law of whole curves is fitted to all of them: leave --at out")
+    reading = reading_of(arguments)
+    smoothing = reading.smoothing or Smoothing("none")
+    return load_tracks(
+        arguments.runs, arguments.data, replace(reading, loss=arguments.loss or "loss", smoothing=smoothing)
+    )

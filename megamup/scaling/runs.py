@@ -189,7 +189,17 @@ def load(runs: Sequence[Path], tables: Sequence[Path], reading: Reading) -> Ladd
 
 
 def load_curves(runs: Sequence[Path], tables: Sequence[Path], reading: Reading) -> tuple[Ladder, list[Curve]]:
-    """Whole curves, smoothed, and a ladder of their last points, one each and in the same order.
+    """The curves of `load_tracks`.
+
+    Raises:
+        MegamupError: as `load_tracks`.
+    """
+    ladder, tracks = load_tracks(runs, tables, reading)
+    return ladder, [track.curve for track in tracks]
+
+
+def load_tracks(runs: Sequence[Path], tables: Sequence[Path], reading: Reading) -> tuple[Ladder, list[Track]]:
+    """Runs with their whole curves, smoothed, and a ladder of their last points, one each and in the same order.
 
     Runs may be short of their last step. A table's rows are curves where `run=` names their runs.
 
@@ -197,10 +207,9 @@ def load_curves(runs: Sequence[Path], tables: Sequence[Path], reading: Reading) 
         MegamupError: as `load`, except of runs that are short.
     """
     parts = _parts(runs, tables, reading, curves=True, finished=False)
-    tracks = [track for part in parts for track in part.tracks]
-    curves = [smoothed(track.curve, reading.smooth) for track in tracks]
-    points = [_point(track, curve.moment(-1), track.name) for track, curve in zip(tracks, curves, strict=True)]
-    return _ladder(points, parts, reading), curves
+    tracks = [replace(t, curve=smoothed(t.curve, reading.smooth)) for part in parts for t in part.tracks]
+    points = [_point(track, track.curve.moment(-1), track.name) for track in tracks]
+    return _ladder(points, parts, reading), tracks
 
 
 def load_runs(

@@ -58,11 +58,10 @@ def fit_lines(result: Result) -> Iterator[str]:
 
 def tried_rows(result: Result) -> list[tuple[str, ...]]:
     """Every law and objective with its error on held-out larger runs."""
-    rows: list[tuple[str, ...]] = [("tried", "objective", "held-out error %", "inside %", "widening", "trials")]
+    rows: list[tuple[str, ...]] = [("tried", "objective", "held-out error %", "trials")]
     for tried in result.tried:
         error = "-" if tried.rms_error is None else f"{100 * tried.rms_error:.3f}"
-        held = "-" if tried.held is None else f"{100 * tried.held:.0f}"
-        rows.append((tried.law, tried.objective, error, held, f"{tried.inflation:.2f}", str(tried.trials)))
+        rows.append((tried.law, tried.objective, error, str(tried.trials)))
     return rows
 
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.stats import norm
 from scipy.stats import t as student
 
 from megamup.scaling.fit import Fit, as_inputs, linearised, problem_of, search
@@ -82,16 +83,28 @@ def predict(fit: Fit, inputs: ArrayLike, level: float = LEVEL) -> Prediction:
     prediction interval.
     """
     value = fit.at(inputs)
-    std = fit.residual_std
-    if no_interval_reason(fit) is not None or std is None:
+    if no_interval_reason(fit) is not None:
         nothing = np.full_like(value, np.nan)
         return Prediction(value, nothing, nothing)
     targets = _predictions(fit, np.log(as_inputs(inputs)) - fit.data.log_centre)
-    noise = std * (value if fit.objective.scale == "relative" else np.ones_like(value))
+    noise = noise_std(fit) * (value if fit.objective.scale == "relative" else np.ones_like(value))
     low, high = _profile(fit, targets, len(value), level, noise)
     if fit.objective.scale == "log":
         low, high = np.exp(low), np.exp(high)
     return Prediction(value, np.minimum(np.maximum(low, 0), value), np.maximum(high, value))
+
+
+def noise_std(fit: Fit) -> float:
+    """Standard deviation of one run, in the objective's scale.
+
+    Least squares: that of the residuals. Huber's loss is for residuals with outliers, whose standard deviation says
+    nothing of the rest: 1.96 of what is given here hold 95% of the residuals (their conformal quantile).
+    """
+    residual = np.abs(fit.residuals) * np.sqrt(len(fit.loss) / max(len(fit.loss) - len(fit.law.parameters), 1))
+    if fit.objective.delta is None:
+        return float(np.sqrt(np.mean(residual**2)))
+    rank = min(int(np.ceil(LEVEL * (len(residual) + 1))), len(residual))
+    return float(np.sort(residual)[rank - 1] / norm.ppf((1 + LEVEL) / 2))
 
 
 def parameter_intervals(fit: Fit, level: float = LEVEL) -> dict[str, Interval]:

@@ -1,4 +1,4 @@
-"""Whole loss curves with their learning-rate schedules, as the laws `annealing` and `multi-power` are fitted to them."""
+"""Whole loss curves with their learning-rate schedules: what the laws `annealing` and `multi-power` are fitted to."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def _schedule(point: Point) -> FloatArray:
     logged = [(record["step"], record["lr"]) for record in records if isinstance(record.get("lr"), int | float)]
     if not logged:
         raise MegamupError(
-            f"{point.name}: no `lr` is logged by step; expected runs (folders of ours, wandb or TensorBoard) that log it: "
-            "a curve's law needs the whole schedule"
+            f"{point.name}: no `lr` is logged by step; expected runs (folders of ours, wandb or TensorBoard) that log "
+            "it: a curve's law needs the whole schedule"
         )
     steps, rates = np.array(logged, dtype=np.float64).T
     return schedule_of(steps, rates)

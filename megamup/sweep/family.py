@@ -53,7 +53,8 @@ class Family:
 
     def model(self, width: int) -> Model:
         base, tensor = self.config.model, self.config.parallel.tensor
-        unit = math.lcm(math.gcd(base.d_ff, 16), tensor)
+        growth, rest = divmod(base.d_ff * self.step, base.d_model)
+        unit = math.lcm(math.gcd(base.d_ff, 16, 0 if rest else growth), tensor)  # exact wherever it can be
         shape = {
             "d_model": width,
             "n_heads": base.n_heads * width // base.d_model,

@@ -66,7 +66,7 @@ def test_budgets_without_an_optimum_are_left_out_and_named() -> None:
     assert len(found.ladder) == 3
     assert len(found.budgets) == 5
     assert "lies outside those tried" in found.warnings[0]
-    assert "2 different values; expected at least 3" in found.warnings[1]
+    assert "2 different values of the 3 that a parabola takes" in found.warnings[1]
 
 
 def test_too_few_optima_are_refused() -> None:

@@ -1,6 +1,7 @@
 """Run folders in, a schedule that no run had out."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,15 +9,17 @@ import numpy as np
 import pytest
 
 from megamup.errors import MegamupError
+from megamup.scaling.analysis import analyse_reduced
 from megamup.scaling.curves import Curve
 from megamup.scaling.fit import fit_law
-from megamup.scaling.laws.annealing import ANNEALING, predict_curve
+from megamup.scaling.fit_file import load_result, save_result
+from megamup.scaling.laws.annealing import ANNEALING, CurveLaw, predict_curve
 from megamup.scaling.laws.base import FloatArray
 from megamup.scaling.laws.examples import SCHEDULES, example
 from megamup.scaling.laws.schedules import Schedules
-from megamup.scaling.runs import Point
+from megamup.scaling.reduction import reduce_runs
+from megamup.scaling.runs import Ladder, Point
 from megamup.scaling.whole_curves import whole_curves
-from tests.scaling.conftest import MakeRun
 
 TRUTH = example("annealing").truth
 EVERY = 10
@@ -28,7 +31,7 @@ def losses(schedule: FloatArray, steps: FloatArray) -> FloatArray:
 
 
 @pytest.fixture
-def curves(make_run: MakeRun) -> list[tuple[Point, Curve]]:
+def curves(make_run: Callable[..., Path]) -> list[tuple[Point, Curve]]:
     """A cosine and a constant rate, logged at every tenth step."""
     found = []
     for name, schedule in (("cosine", SCHEDULES.rates[0]), ("constant", SCHEDULES.rates[2])):
@@ -65,3 +68,20 @@ def test_what_is_missing_is_said(curves: list[tuple[Point, Curve]]) -> None:
         whole_curves([(replace(point, source=None), curve)], ANNEALING)
     with pytest.raises(MegamupError, match="cosine has no steps along its curve"):
         whole_curves([(point, replace(curve, step=curve.step * np.nan))], ANNEALING)
+
+
+def test_the_reduction_gives_the_law_its_schedules(curves: list[tuple[Point, Curve]]) -> None:
+    reduced = reduce_runs("multi-power", Ladder((), {"loss": "train"}), lambda: curves)
+    ((law, ladder),) = reduced.parts
+    assert isinstance(law, CurveLaw)
+    assert len(law.known.rates) == 2
+    assert ladder.convention == {"loss": "train"}
+
+
+def test_a_fit_file_keeps_the_schedules(curves: list[tuple[Point, Curve]], tmp_path: Path) -> None:
+    result = analyse_reduced("annealing", Ladder((), {"loss": "train"}), lambda: curves, objective="log")
+    save_result(result, tmp_path / "fit.json")
+    loaded = load_result(tmp_path / "fit.json")
+    at = np.array([[1.0, 3000.0], [2.0, 4000.0]])
+    np.testing.assert_allclose(loaded.fit.at(at), result.fit.at(at), rtol=1e-9)
+    assert loaded.fit.parameters == pytest.approx(result.fit.parameters, rel=1e-9)

@@ -96,6 +96,13 @@ def test_models_are_one_shape_at_many_widths() -> None:
         assert model.n_layers == 2
 
 
+def test_a_ratio_that_can_be_kept_is_kept_exactly() -> None:
+    override = "model={n_heads: 2, d_model: 16, d_ff: 48}"
+    for config in configs(expand("equal", override, budget=1e14), override):
+        assert config.model.d_ff == 3 * config.model.d_model
+        assert config.model.d_head == 8
+
+
 def test_tensor_ranks_can_share_every_model() -> None:
     overrides = ("parallel.tensor=2", "model={n_heads: 4, d_model: 64, d_ff: 192}")
     found = configs(expand("equal", *overrides, budget=1e15), *overrides)  # a config refuses what can't be shared

@@ -1,4 +1,4 @@
-"""How far off the predictions of larger runs from smaller ones were, and how far intervals had to widen to hold them."""
+"""How far off predictions of larger runs from smaller ones were, and how far intervals had to widen to hold them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,15 @@ def backtest_drawing(result: Result, prefix: str) -> Drawing | None:
     outside = needed > 1
     left.axhline(0, color=MUTED, lw=1)
     reach = 3 * max(float(np.abs(error).max()), 1e-9)
-    left.vlines(distance, np.maximum(low, -reach), np.minimum(high, reach), color=MUTED, lw=1.6, alpha=0.45, label="95% interval, not widened")
+    left.vlines(
+        distance,
+        np.maximum(low, -reach),
+        np.minimum(high, reach),
+        color=MUTED,
+        lw=1.6,
+        alpha=0.45,
+        label="95% interval, not widened",
+    )
     for axes, values in ((left, error), (right, np.clip(needed, 1e-2, LARGEST_NEEDED))):
         axes.set_xscale("log")
         axes.plot(distance[~outside], values[~outside], "o", color=FITTED, ms=5, label="inside")
@@ -42,9 +50,9 @@ def backtest_drawing(result: Result, prefix: str) -> Drawing | None:
         name_axes(axes, "size over the largest fitted", y)
         add_legend(axes, below=True)
     caption = (
-        f"Each point is a run predicted from smaller ones only, at {test.folds} cuts. Left: its error, with the interval of "
-        f"that fit. Right: by what factor the interval would have had to be wider. {LEVEL:.0%} of them needed at most "
-        "the widening, which every interval on this page has."
+        f"Each point is a run predicted from smaller ones only, at {test.folds} cuts. Left: its error, with the "
+        f"interval of that fit. Right: by what factor the interval would have had to be wider. {LEVEL:.0%} of them "
+        "needed at most the widening, which every interval on this page has."
     )
     numbers = {
         "folds": test.folds,

@@ -13,6 +13,7 @@ from megamup.scaling.analysis import Result
 from megamup.scaling.critical_batch import CriticalBatches
 from megamup.scaling.figures.drawing import Drawing, add_legend, axis_label, name_axes, new_figure, plain, shades
 from megamup.scaling.laws import FloatArray
+from megamup.scaling.laws.base import Quantity
 from megamup.scaling.uncertainty import quantity_intervals
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ LINE_POINTS = 30
 
 
 def critical_batch_drawing(found: CriticalBatches, results: Sequence[Result]) -> Drawing:
-    """Left: each level's own B_crit and the laws through all. Right: steps and examples, with the hyperbola of each level."""
+    """Left: each level's own B_crit and the laws through all. Right: steps and examples, a hyperbola a level."""
     figure, (left, right) = new_figure(2, (8.4, 4.6))
     numbers: dict[str, Any] = {"levels": _draw_levels(left, found), "laws": {}}
     ends = [level.loss for level in found.levels]
@@ -41,9 +42,9 @@ def critical_batch_drawing(found: CriticalBatches, results: Sequence[Result]) ->
     name_axes(right, "steps S", "examples E = B·S (tokens)")
     add_legend(right, below=True)
     caption = (
-        "Left: the batch at which twice the fewest steps and twice the fewest tokens are needed, at each loss alone (bars: "
-        "95%) and by the law. Right: (S/S_min - 1)·(E/E_min - 1) = 1 at each loss (McCandlish et al. 2018), a point for each "
-        "batch at its best learning rate."
+        "Left: the batch at which twice the fewest steps and twice the fewest tokens are needed, at each loss alone "
+        "(bars: 95%) and by the law. Right: (S/S_min - 1)·(E/E_min - 1) = 1 at each loss (McCandlish et al. 2018), a "
+        "point for each batch at its best learning rate."
     )
     return Drawing("critical-batch", "Critical batch size", caption, figure, plain(numbers))
 
@@ -77,8 +78,7 @@ def _draw_law(axes: Axes, result: Result, loss: FloatArray, color: str, style: A
     """B_crit by the law with the interval of the law itself."""
     law = result.law
     if law.name == "batch-loss":
-        point = [np.array([[value]]) for value in loss]
-        quantities = {str(i): (lambda p, at=at: law.predict(p, at)[..., 0]) for i, at in enumerate(point)}
+        quantities = {str(i): _b_crit(result, float(value)) for i, value in enumerate(loss)}
     else:
         quantities = {str(i): law.quantities({"L": float(value)})["B_crit"] for i, value in enumerate(loss)}
     found = list(quantity_intervals(result.fit, quantities).values())
@@ -88,6 +88,11 @@ def _draw_law(axes: Axes, result: Result, loss: FloatArray, color: str, style: A
     if None not in (*low, *high):
         axes.fill_between(loss, low, high, color=color, alpha=0.13, lw=0)  # type: ignore[arg-type]
     return {"loss": loss, "B_crit": value, "low": low, "high": high}
+
+
+def _b_crit(result: Result, loss: float) -> Quantity:
+    """The law `batch-loss` at a loss, as a function of its parameters."""
+    return lambda p: np.asarray(result.law.predict(p, np.array([[loss]]))[..., 0])
 
 
 def _draw_hyperbolas(axes: Axes, found: CriticalBatches) -> None:

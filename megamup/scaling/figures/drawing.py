@@ -89,7 +89,7 @@ def add_legend(axes: Axes, *, below: bool = False) -> None:
         return
     place: dict[str, Any] = {"loc": "best"}
     if below:
-        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.18), "ncols": 2}
+        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncols": 2}
     elif len(handles) > LEGEND_INSIDE:
         place = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
     legend = axes.legend(handles, labels, frameon=False, labelcolor=INK, fontsize=SMALL, **place)

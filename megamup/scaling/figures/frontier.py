@@ -1,4 +1,4 @@
-"""Compute-optimal models: N_opt and D_opt by compute from every approach, and the loss over N and D with the frontier."""
+"""Compute-optimal models: N_opt and D_opt by compute from every approach, and the loss over N and D."""
 
 from __future__ import annotations
 
@@ -25,14 +25,17 @@ from megamup.scaling.figures.isoflop import vertex_interval
 from megamup.scaling.isoflop import IsoFlop
 from megamup.scaling.laws import FloatArray
 from megamup.scaling.laws.frontier import FLOPS_PER_PARAMETER_AND_TOKEN
-from megamup.scaling.uncertainty import no_interval_reason, quantity_intervals, quantity_values
+from megamup.scaling.uncertainty import quantity_intervals, quantity_values
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-PUBLISHED = {"N": {"Kaplan et al. 2020": 0.73, "Hoffmann et al. 2022": 0.50}, "D": {"Kaplan et al. 2020": 0.27, "Hoffmann et al. 2022": 0.50}}
+PUBLISHED = {
+    "N": {"Kaplan et al. 2020": 0.73, "Hoffmann et al. 2022": 0.50},
+    "D": {"Kaplan et al. 2020": 0.27, "Hoffmann et al. 2022": 0.50},
+}
 """Slopes of log N_opt and log D_opt by log C: Kaplan et al., eq. 1.7 and 6.2; Hoffmann et al., table 2."""
-LINE_POINTS = 12
+LINE_POINTS = 8
 """Budgets at which the intervals of N_opt are computed."""
 FINE_POINTS = 60
 ENVELOPE_SHOWN = 60
@@ -59,6 +62,7 @@ def optimum_drawing(
     known += [p.inputs["C"] for found in (envelope, isoflop) if found is not None for p in found.ladder.points]
     flops = np.geomspace(*log_range([*known, *budgets]), LINE_POINTS)
     numbers: dict[str, Any] = {"C": flops}
+    intervals = [_best_sizes(result, flops) for result in parametric]
     for axes, key in zip(panels, ("N", "D"), strict=True):
         axes.set_xscale("log")
         axes.set_yscale("log")
@@ -70,8 +74,8 @@ def optimum_drawing(
         for result in lines:
             if result.law.response == key:
                 drawn[f"{key}_opt = a·C^b"] = _draw_power(axes, result, flops)
-        for result in parametric:
-            drawn[f"approach 3: {result.law.name}"] = _draw_parametric(axes, result, key, flops)
+        for result, of_n in zip(parametric, intervals, strict=True):
+            drawn[f"approach 3: {result.law.name}"] = _draw_parametric(axes, result, key, flops, of_n)
         _draw_slopes(axes, key, flops)
         name_axes(axes, axis_label("C", {}), axis_label(key, {}).replace(key, f"{key}_opt", 1))
         numbers[f"{key}_opt"] = drawn
@@ -79,13 +83,19 @@ def optimum_drawing(
     for axes in panels:
         handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     legend = figure.legend(
-        list(handles.values()), list(handles), loc="outside lower center", ncols=2, frameon=False, labelcolor=INK, fontsize=SMALL
+        list(handles.values()),
+        list(handles),
+        loc="outside lower center",
+        ncols=2,
+        frameon=False,
+        labelcolor=INK,
+        fontsize=SMALL,
     )
     for text in legend.get_texts():
         text.set_parse_math(False)
     caption = (
-        "The best model and data at each budget. Bands and bars are 95% intervals of the optimum. Slopes of other groups "
-        "are drawn through the middle, for comparison only."
+        "The best model and data at each budget. Bands and bars are 95% intervals of the optimum. Published slopes are "
+        "drawn through the middle, for comparison only."
     )
     return Drawing("optimum", "Compute-optimal model and data", caption, figure, plain(numbers))
 
@@ -104,14 +114,18 @@ def contour_drawing(
     reach = [*_budgets(result), *budgets, *([FLOPS_PER_PARAMETER_AND_TOKEN * star[0] * star[1]] if star else [])]
     flops = np.geomspace(*log_range(reach, 1.0), FINE_POINTS)
     best = {key: _at_budgets(result, f"{key}_opt", flops) for key in ("N", "D")}
-    inside = {key: [*columns[key], best[key][0], best[key][-1], *([star["ND".index(key)]] if star else [])] for key in "ND"}
+    inside = {
+        key: [*columns[key], best[key][0], best[key][-1], *([star["ND".index(key)]] if star else [])] for key in "ND"
+    }
     n, d = (np.geomspace(*log_range(inside[key], 2.0), GRID_POINTS) for key in "ND")
     grid = {"N": np.repeat(n, len(d)), "D": np.tile(d, len(n))}
     loss = result.fit.at(np.stack([grid[key] for key in law.inputs], axis=-1)).reshape(len(n), len(d))
     levels = _levels(loss)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    lines = axes.contour(n, d, loss.T, levels=levels, colors=shades(1 / (levels - levels.min() + np.ptp(levels) / 10)), linewidths=1.1)
+    lines = axes.contour(
+        n, d, loss.T, levels=levels, colors=shades(1 / (levels - levels.min() + np.ptp(levels) / 10)), linewidths=1.1
+    )
     for text in axes.clabel(lines, fmt="%.3g", fontsize=SMALL):
         text.set_color(INK)
     for i, budget in enumerate(budgets or np.geomspace(flops[0], flops[-1], 4)):
@@ -123,9 +137,9 @@ def contour_drawing(
         axes.plot(*star, "*", color=HELD, ms=15, label="target")
     axes.set(xlim=(n[0], n[-1]), ylim=(d[0], d[-1]))
     name_axes(axes, axis_label("N", result.ladder.convention), axis_label("D", {}))
-    add_legend(axes)
+    add_legend(axes, below=True)
     caption = (
-        f"Lines of equal loss of {law.formula}. Along the frontier no other model reaches a lower loss for the same compute."
+        f"Lines of equal loss of {law.formula}. No other model reaches a lower loss than the frontier's at its compute."
     )
     numbers = {"levels": levels, "frontier": {"C": flops, "N_opt": best["N"], "D_opt": best["D"]}, "target": star}
     return Drawing(f"{prefix}-contours", "Loss over model and data", caption, figure, plain(numbers))
@@ -170,7 +184,7 @@ def _draw_envelope(axes: Axes, envelope: Envelope, key: str) -> dict[str, Any]:
 
 
 def _draw_vertices(axes: Axes, isoflop: IsoFlop, key: str) -> list[dict[str, Any]]:
-    rows = []
+    rows: list[dict[str, Any]] = []
     for budget in (budget for budget in isoflop.budgets if not budget.parabola.fault):
         low, high = vertex_interval(budget)
         value = budget.parabola.vertex
@@ -202,24 +216,29 @@ def _draw_power(axes: Axes, result: Result, flops: FloatArray) -> dict[str, Any]
     return {result.law.response: value, "slope": slope, "slope_low": low, "slope_high": high}
 
 
-def _draw_parametric(axes: Axes, result: Result, key: str, flops: FloatArray) -> dict[str, Any]:
+def _best_sizes(result: Result, flops: FloatArray) -> FloatArray:
+    """N_opt at each budget and the ends of its interval, NaN where open: (3, m)."""
+    quantities = {str(i): result.law.quantities({"C": float(c)})["N_opt"] for i, c in enumerate(flops)}
+    return np.array(list(quantity_intervals(result.fit, quantities).values()), dtype=np.float64).T
+
+
+def _draw_parametric(axes: Axes, result: Result, key: str, flops: FloatArray, best_sizes: FloatArray) -> dict[str, Any]:
     """The optimum of a law of N and D, with its interval where it has one."""
-    name = f"{key}_opt"
-    quantities = {str(i): result.law.quantities({"C": float(c)})[name] for i, c in enumerate(flops)}
-    found = list(quantity_intervals(result.fit, quantities).values())
-    value = np.array([one for one, _, _ in found])
+    value, low, high = best_sizes
+    if key == "D":  # of a budget, 6·N·D is given
+        value, high, low = flops / FLOPS_PER_PARAMETER_AND_TOKEN / best_sizes
     axes.plot(flops, value, color=FITTED, lw=1.6, label=f"approach 3: {result.law.name}")
-    low, high = ([end[i] for end in found] for i in (1, 2))
-    if no_interval_reason(result.fit) is None and None not in (*low, *high):
-        axes.fill_between(flops, low, high, color=FITTED, alpha=0.15, lw=0)  # type: ignore[arg-type]
+    axes.fill_between(flops, low, high, color=FITTED, alpha=0.15, lw=0)
     return {key: value, "low": low, "high": high}
 
 
 def _draw_slopes(axes: Axes, key: str, flops: FloatArray) -> None:
-    """Published slopes through the middle of what is drawn."""
+    """Published slopes through the middle of what is drawn, which keeps its axes."""
+    limits = axes.get_ylim()
     drawn = [line for line in axes.get_lines() if len(line.get_xdata())]  # type: ignore[arg-type]
     middle = float(np.exp(np.log(flops).mean()))
     heights = [float(np.median(np.log(np.asarray(line.get_ydata(), dtype=np.float64)))) for line in drawn]
     for (source, slope), style in zip(PUBLISHED[key].items(), ("--", ":"), strict=True):
         value = np.exp(np.mean(heights)) * (flops / middle) ** slope
         axes.plot(flops, value, color=MUTED, lw=0.9, ls=style, label=f"slope of {source}")
+    axes.set_ylim(limits)

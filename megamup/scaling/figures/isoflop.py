@@ -36,8 +36,8 @@ def isoflop_drawing(found: IsoFlop) -> Drawing:
         if not parabola.fault:
             axes.plot(parabola.vertex, parabola.value, "*", color=INK, ms=10, zorder=4)
             if low is not None and high is not None:
-                ends = np.clip([low, high], budget.parameters.min() / 2, budget.parameters.max() * 2)
-                axes.hlines(parabola.value, *ends, color=INK, lw=1.4, zorder=4)
+                within = np.clip([low, high], budget.parameters.min() / 2, budget.parameters.max() * 2)
+                axes.hlines(parabola.value, *within, color=INK, lw=1.4, zorder=4)
         rows.append(
             {
                 "C": budget.flops,
@@ -57,12 +57,14 @@ def isoflop_drawing(found: IsoFlop) -> Drawing:
     add_legend(axes)
     left = len(found.budgets) - len(found.ladder)
     out = f" {left} of {len(found.budgets)} budgets have no optimum between their runs and no star." if left else ""
-    caption = f"Runs of the same compute, and a parabola in log N for each budget (Hoffmann et al. 2022, approach 2).{out}"
+    caption = (
+        f"Runs of the same compute, and a parabola in log N for each budget (Hoffmann et al. 2022, approach 2).{out}"
+    )
     return Drawing("isoflop", "IsoFLOP curves", caption, figure, plain({"budgets": rows}))
 
 
 def vertex_interval(budget: Budget) -> tuple[float | None, float | None]:
-    """95% interval of the best N by the delta method in its log; None where no point is left to measure the noise by."""
+    """95% interval of the best N by the delta method in its log; None where no point is left to tell the noise."""
     std, freedom = budget.parabola.vertex_log_std, len(budget.parameters) - NEEDED
     if std is None or budget.parabola.fault:
         return None, None

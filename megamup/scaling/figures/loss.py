@@ -11,8 +11,17 @@ import numpy as np
 from megamup.page import FITTED, HELD, INK, MUTED
 from megamup.scaling.analysis import Result, inputs_of, response_of
 from megamup.scaling.estimate import flops_per_product
-from megamup.scaling.figures.drawing import Drawing, add_legend, axis_label, name_axes, new_figure, plain, shades, with_held
-from megamup.scaling.figures.groups import Group, groups_of
+from megamup.scaling.figures.drawing import (
+    Drawing,
+    add_legend,
+    axis_label,
+    name_axes,
+    new_figure,
+    plain,
+    shades,
+    with_held,
+)
+from megamup.scaling.figures.groups import LIKE, Group, groups_of
 from megamup.scaling.laws import FloatArray
 from megamup.scaling.runs import Point
 from megamup.scaling.uncertainty import quantity_values
@@ -77,8 +86,8 @@ def _views(result: Result, known: Columns) -> list[_View]:
             _View("C", at_ratio, lambda x, at: {"N": (x / k / at["D/N"]) ** 0.5, "D": (x / k * at["D/N"]) ** 0.5}),
         ),
     ]
-    # Ladders are made at several D/N more often than at several D: the lines that more points share.
-    return [min(pair, key=lambda view: len(_groups(view, known))) for pair in pairs]
+    # Some ladders are made at several D, some at several D/N: the lines that lie nearest to their points.
+    return [min(pair, key=lambda view: (_spread(view, known), len(_groups(view, known)))) for pair in pairs]
 
 
 def _against(x: str, names: Sequence[str]) -> _View:
@@ -91,6 +100,12 @@ def _groups(view: _View, known: Columns) -> list[Group]:
     return groups_of(
         view.constant, np.stack([known[key] for key in view.constant], -1) if view.constant else np.ones((n, 0))
     )
+
+
+def _spread(view: _View, known: Columns) -> float:
+    """How far points are from their group's constant, at most, in logs; what is within its 10% is none."""
+    widest = max(float(np.ptp(np.log(known[view.constant[0]][group.rows]))) for group in _groups(view, known))
+    return widest if widest > np.log(LIKE) else 0.0
 
 
 def _drawing(result: Result, response: FloatArray, known: Columns, view: _View, prefix: str) -> Drawing:
@@ -167,8 +182,8 @@ def _draw_offset(axes: Axes, result: Result, response: FloatArray) -> None:
     """The loss that no scale removes as a dashed line, or in words where it would flatten the points."""
     for name in (name for name in result.law.parameters if result.law.may_vanish(name)):
         offset = result.fit.parameters[name]
-        style = {"color": MUTED, "lw": 1.2, "ls": (0, (5, 4))}
-        if offset > response.min() - 1.5 * np.ptp(response):
+        style: dict[str, Any] = {"color": MUTED, "lw": 1.2, "ls": (0, (5, 4))}
+        if offset > response.min() - 0.5 * np.ptp(response):
             axes.axhline(offset, label=f"offset {name} = {offset:.4g}", **style)
         else:
             axes.plot([], [], label=f"offset {name} = {offset:.4g}, below the axis", **style)
@@ -186,6 +201,6 @@ def _caption(result: Result, view: _View, *, banded: bool) -> str:
     widening = result.backtest.inflation
     wider = f", {widening:.2g} times wider than the fit's own, as the backtest needed" if widening > 1 else ""
     return (
-        f"{words} The band holds one new run with 95% confidence{wider}: the noise of the runs and the error of the law "
-        "as far as larger runs predicted from smaller ones show it."
+        f"{words} The band holds one new run with 95% confidence{wider}: the noise of the runs, and the error of the "
+        "law as far as larger runs predicted from smaller ones show it."
     )

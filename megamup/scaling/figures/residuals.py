@@ -51,8 +51,8 @@ def residual_drawing(result: Result, held: Sequence[Point], prefix: str) -> Draw
     name_axes(right, "normal quantile", "")
     add_legend(right, below=True)
     caption = (
-        "Left: a pattern along x, or among the sizes, says that the law bends otherwise than the runs. Right: points off "
-        "the line at its ends are outliers, which least squares follows and Huber's loss doesn't."
+        "Left: a pattern along x, or among the sizes, says that the law bends otherwise than the runs. Right: points "
+        "off the line at its ends are outliers, which least squares follows and Huber's loss doesn't."
     )
     numbers = {"size": size, "size_is": size_is, "residual_percent": percent, "held_out": np.arange(len(size)) >= n}
     return Drawing(f"{prefix}-residuals", "Residuals", caption, figure, plain(numbers))
@@ -80,7 +80,7 @@ def influence_drawing(result: Result, found: Influence, names: Sequence[str], pr
         "Leverage is the run's part in the fit of its own loss, the residual that from the law fitted without it, in "
         f"standard errors; the area is Cook's distance. Named are the {min(NAMED, len(names))} runs of the largest."
     )
-    rows = [
+    listed = [
         {"run": name, "leverage": h, "studentised": t, "cook": c, "prediction_shift": p, "parameter_shifts": q}
         for name, h, t, c, p, q in zip(
             names,
@@ -92,7 +92,7 @@ def influence_drawing(result: Result, found: Influence, names: Sequence[str], pr
             strict=True,
         )
     ]
-    numbers = {"parameters": result.law.parameters, "runs": rows}
+    numbers = {"parameters": result.law.parameters, "runs": listed}
     return Drawing(f"{prefix}-influence", "Influence of each run", caption, figure, plain(numbers))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple, TypeVar
 
@@ -15,7 +15,6 @@ from megamup.scaling.laws.base import FloatArray
 
 BLOCKS = 64
 """Groups that the steps before a point are summed in, each longer than the next: the latest are single steps."""
-
 
 REMEMBERED = 16
 """Sets of points whose sums are kept: a search asks for the same ones at every iteration."""
@@ -57,6 +56,20 @@ class Schedules:
         # Where a schedule ends at 0 its log has no value: a millionth of the peak stands for it.
         self._log_rate = [np.log(np.maximum(rate, 1e-6 * rate.max())) for rate in self.rates]
         self._memory: dict[tuple[object, ...], object] = {}
+
+    def knots(self) -> list[dict[str, list[float]]]:
+        """For files: the steps and rates of each schedule between which it is a straight line, to 1e-9 of its peak."""
+        found = []
+        for rate in self.rates:
+            bend = np.abs(np.diff(rate, 2)) > 1e-9 * rate.max()
+            steps = np.unique(np.concatenate([[0], np.flatnonzero(bend) + 1, [len(rate) - 1]]))
+            found.append({"step": (steps + 1.0).tolist(), "lr": rate[steps].tolist()})
+        return found
+
+    @classmethod
+    def from_knots(cls, knots: Sequence[Mapping[str, Sequence[float]]]) -> Schedules:
+        """The inverse of `knots`."""
+        return cls([schedule_of(each["step"], each["lr"]) for each in knots])
 
     def areas(self, curves: FloatArray, steps: FloatArray) -> FloatArray:
         """S1, the sum of the learning rates up to each point, warm-up included: (n,).
@@ -133,18 +146,25 @@ class Schedules:
 
 
 def schedule_of(steps: ArrayLike, rates: ArrayLike) -> FloatArray:
-    """Learning rate of every step from 1 to the last, from those logged at `steps` (n,), linear in between."""
-    logged = np.asarray(steps, dtype=np.float64)
+    """Learning rate of every step from 1 to the last, from those logged at `steps` (n,), linear in between.
+
+    Before the first logged step it goes on as between the first two, down to 0: a warm-up rises, a constant stays.
+    """
+    logged, known = np.asarray(steps, dtype=np.float64), np.asarray(rates, dtype=np.float64)
     every = np.arange(1, int(logged[-1]) + 1)
-    return np.asarray(np.interp(every, logged, np.asarray(rates, dtype=np.float64)))
+    rate = np.interp(every, logged, known)
+    if len(logged) > 1:
+        slope = (known[1] - known[0]) / (logged[1] - logged[0])
+        early = every < logged[0]
+        rate[early] = np.clip(known[0] + slope * (every[early] - logged[0]), 0, known.max())
+    return np.asarray(rate)
 
 
 def _falls(rate: FloatArray) -> FloatArray:
-    """η_{k-1} - η_k of every step: (T,); 0 through the warm-up, which is no annealing."""
+    """η_{k-1} - η_k of every step: (T,); 0 until the rate first falls, as a warm-up is no annealing."""
     fall = -np.diff(rate, prepend=rate[0])
-    rises = np.flatnonzero(fall >= 0)[1:]  # the first step has no fall
-    fall[: int(rises[0]) if rises.size else len(fall)] = 0
-    return fall
+    fall[: int(np.argmax(fall > 0))] = 0
+    return fall if np.any(fall > 0) else np.zeros_like(fall)
 
 
 @lru_cache(maxsize=4096)

@@ -18,6 +18,8 @@ from megamup.scaling.readers.log import RunLog, listed
 CONSTANTS = ("N", "B", "U", "lr")
 COUNTS = ("D", "C", "S")
 """What is 0 before the first step."""
+MAY_BE_ZERO = (*COUNTS, "lr")
+"""Counts before the first step, and a rate that has decayed: such records are left out of the series."""
 STEADY = 0.01
 """Tokens a step that vary by more over a run are no batch size."""
 
@@ -37,6 +39,8 @@ class Track:
     last_loss_step: float = 0.0
     warmup_steps: float = 0.0
     schedule: str | None = None
+    rates: tuple[FloatArray, FloatArray] | None = None
+    """Optimizer steps (n,) and the learning rate that was logged at each (n,); None where none was."""
 
 
 def default_columns(loss: str, parameters: str) -> dict[str, str]:
@@ -69,7 +73,7 @@ def track_of(log: RunLog, columns: Mapping[str, str], defaults: Mapping[str, str
     for key, what in (("L", "loss"), ("D", "tokens seen")):
         if key not in expressions:
             raise MegamupError(_missing(log, key, what, defaults[key], known))
-    series = {key: _series(log, expression, facts, counts=key in COUNTS) for key, expression in expressions.items()}
+    series = {key: _series(log, expression, facts, may_be_zero=key in MAY_BE_ZERO) for key, expression in expressions.items()}
     curve = _curve(log, series, expressions["L"].text)
     constants = {
         key: float(np.max(values) if key == "lr" else values[-1])
@@ -89,6 +93,7 @@ def track_of(log: RunLog, columns: Mapping[str, str], defaults: Mapping[str, str
         last_loss_step=float(series["L"][0][-1]),
         warmup_steps=float(warmup) if isinstance(warmup, int | float) else 0.0,
         schedule=schedule if isinstance(schedule, str) else None,
+        rates=_rates(log, columns.get("lr", "lr"), *series["S"]) if "S" in series else None,
     )
 
 
@@ -106,17 +111,28 @@ def _missing(log: RunLog, key: str, what: str, default: str, known: list[str]) -
 
 
 def _series(
-    log: RunLog, expression: Expression, facts: Mapping[str, Any], *, counts: bool
+    log: RunLog, expression: Expression, facts: Mapping[str, Any], *, may_be_zero: bool
 ) -> tuple[FloatArray, FloatArray]:
     """(log steps, values) of the records that have every name of the expression."""
     steps, values = [], []
     for record in log.records:
         scope = {name: record.get(name, facts.get(name)) for name in expression.names}
-        if any(value is None or (counts and value == 0) for value in scope.values()):
+        if any(value is None or (may_be_zero and value == 0) for value in scope.values()):
             continue
         steps.append(float(record["step"]))
         values.append(expression.value(scope, f"{log.source or log.name}: step {record['step']:g} (name {log.name})"))
     return np.array(steps), np.array(values)
+
+
+def _rates(log: RunLog, name: str, known: FloatArray, steps: FloatArray) -> tuple[FloatArray, FloatArray] | None:
+    """Optimizer steps and learning rates of the records that have `name`; optimizer `steps` are those of `known`."""
+    logged = [(float(r["step"]), float(r[name])) for r in log.records if isinstance(r.get(name), int | float)]
+    if not logged:
+        return None
+    at, rates = np.array(logged).T
+    optimizer_steps = _at_steps(at, known, steps)
+    rows = np.isfinite(optimizer_steps)
+    return optimizer_steps[rows], rates[rows]
 
 
 def _curve(log: RunLog, series: Mapping[str, tuple[FloatArray, FloatArray]], loss: str) -> Curve:

@@ -27,7 +27,7 @@ def allotments(results: Sequence[Result], budgets: Sequence[float], cluster: Clu
 
 
 def optimum_of(results: Sequence[Result]) -> Callable[[float], Optimum] | None:
-    """N*, D* and the loss at a budget: of the first law of N and D, else of powers fitted to optima; None without any."""
+    """N*, D* and the loss at a budget: of the first law of N and D, else of powers of C; None without any."""
     for result in results:
         if has_frontier(result):
             return lambda budget: _parametric(result, budget)

@@ -84,6 +84,25 @@ def test_logged_rates_become_a_schedule() -> None:
     assert schedule.shape == (21,)
     assert schedule[5] == pytest.approx(5e-4)
     assert schedule[-1] == 5e-4
+    # Before the first record: a warm-up from 0, a constant rate, a fall from no more than the peak.
+    np.testing.assert_allclose(schedule_of([10, 20], [1e-3, 2e-3]), np.arange(1, 21) * 1e-4)
+    np.testing.assert_allclose(schedule_of([10, 20], [1e-3, 1e-3]), 1e-3)
+    np.testing.assert_allclose(schedule_of([10, 20], [1e-3, 5e-4])[:10], 1e-3)
+
+
+@pytest.mark.parametrize("rate", [SHARP, SMOOTH, SCHEDULES.rates[1]], ids=["steps", "cosine", "wsd"])
+def test_knots_give_back_the_schedule(rate: FloatArray) -> None:
+    knots = Schedules([rate]).knots()
+    np.testing.assert_allclose(Schedules.from_knots(knots).rates[0], rate, rtol=1e-6)
+    if rate is SHARP:
+        assert len(knots[0]["step"]) < 10
+
+
+def test_a_warm_up_is_no_annealing() -> None:
+    at = np.array([1.0]), np.array([float(WARMUP)])
+    assert Schedules([SMOOTH]).momenta(*at, 0.999)[0] == 0
+    assert not Schedules([SMOOTH]).falls(*at).fall.any()
+    assert Schedules([SMOOTH]).areas(*at)[0] == pytest.approx(SMOOTH[:WARMUP].sum())
 
 
 def test_what_is_missing_is_said() -> None:

@@ -72,6 +72,25 @@ def test_step_laws_own_example() -> None:
     assert loss("step-law-batch", 1e11) == pytest.approx(1.11e6, rel=0.01)
 
 
+def muennighoff(p: np.ndarray, n: float, d: float, u: float) -> float:
+    """arXiv:2305.16264, eq. 5 and 6 and section 3.1, number by number."""
+    e, a, b, alpha, beta, r_d, r_n = p
+    u_d = min(d, u)
+    g = (alpha * a / (beta * b)) ** (1 / (alpha + beta))
+    u_n = min(n, g * (g * u_d) ** (beta / alpha))  # N_opt of the budget whose D_opt is U_D
+    seen_d = u_d + u_d * r_d * (1 - np.exp(-(d / u_d - 1) / r_d))
+    seen_n = u_n + u_n * r_n * (1 - np.exp(-(n / u_n - 1) / r_n))
+    return float(e + a / seen_n**alpha + b / seen_d**beta)
+
+
+@pytest.mark.parametrize("exponents", [(0.353, 0.353), (0.34, 0.28)])
+def test_repeated_data_is_as_the_paper_writes_it(exponents: tuple[float, float]) -> None:
+    known = example("data-constrained")
+    p = np.array([*known.truth[:3], *exponents, *known.truth[5:]])
+    expected = [muennighoff(p, n, d, u) for n, d, u in known.inputs.tolist()]
+    np.testing.assert_allclose(known.law.predict(p, known.inputs), expected, rtol=1e-12)
+
+
 def test_four_epochs_are_nearly_as_good_as_new_data_and_forty_worth_little() -> None:
     # Muennighoff et al. 2023, abstract: 4 epochs of repeated data change the loss little; by 40 their worth is gone.
     known = example("data-constrained")

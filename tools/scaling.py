@@ -12,19 +12,35 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megamup.cli import report_errors
+from megamup.config import load_config, split_arguments
 from megamup.errors import MegamupError
 from megamup.files import write_text_atomic
+from megamup.parameters import count
 from megamup.scaling.analysis import AUTO, Result, analyse, analyse_reduced, check_names, laws_named
+from megamup.scaling.curve_fit import (
+    Measured,
+    analyse_curves,
+    curve_law,
+    is_curve_law,
+    measure,
+    other_model,
+    predict_schedule,
+    schedule_json,
+)
 from megamup.scaling.design import propose, run_flops
 from megamup.scaling.estimate import Estimate, beyond, estimate, flops_of
 from megamup.scaling.fit_file import load_result, provenance, save_result, to_json
-from megamup.scaling.laws import LAWS, POWER_INPUTS, REDUCTIONS
+from megamup.scaling.laws import LAWS, POWER_INPUTS, REDUCTIONS, FloatArray
 from megamup.scaling.mfu import as_json, lost_rows, notes, table_rows, utilisations
 from megamup.scaling.objective import OBJECTIVES
 from megamup.scaling.readers.columns import parse_pairs
-from megamup.scaling.run_arguments import add_run_arguments, read_curves, read_ladder
-from megamup.scaling.text import design_lines, estimate_line, fit_lines, table_lines
+from megamup.scaling.readers.sources import reader_of
+from megamup.scaling.run_arguments import add_run_arguments, read_curves, read_ladder, read_tracks
+from megamup.scaling.runs import Reading, load_tracks
+from megamup.scaling.text import design_lines, estimate_line, fit_lines, schedule_lines, table_lines
 from megamup.scaling.uncertainty import LEVEL, no_interval_reason
 
 
@@ -38,11 +54,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def _fit(arguments: argparse.Namespace) -> None:
     check_names(arguments.law)
-    ladder = read_ladder(arguments)
     options = {"objective": arguments.objective, "seed": arguments.seed, "provenance": provenance(arguments.command)}
-    if arguments.law in REDUCTIONS:
-        result = analyse_reduced(arguments.law, ladder, lambda: read_curves(arguments), **options)
+    if is_curve_law(arguments.law):
+        result = analyse_curves(arguments.law, *read_tracks(arguments), **options)
+    elif arguments.law in REDUCTIONS:
+        result = analyse_reduced(arguments.law, read_ladder(arguments), lambda: read_curves(arguments), **options)
     else:
+        ladder = read_ladder(arguments)
         result = analyse(ladder, laws_named(arguments.law, arguments.x, ladder), **options)
     if arguments.output:
         save_result(result, arguments.output)
@@ -56,6 +74,11 @@ def _fit(arguments: argparse.Namespace) -> None:
 
 def _predict(arguments: argparse.Namespace) -> None:
     result = load_result(arguments.fit)
+    if arguments.schedule or result.curve_evidence is not None:
+        _predict_schedule(arguments, result)
+        return
+    if arguments.at is None:
+        raise MegamupError("--at: missing; expected the new run, a budget or a loss, such as --at C=1e15")
     at = _numbers(arguments.at, "--at", "C=1e15")
     found = estimate(result, at)
     times = beyond(result, at)
@@ -90,6 +113,51 @@ def _prediction_json(
         "convention": result.ladder.convention,
         "warnings": result.warnings,
     }
+
+
+def _predict_schedule(arguments: argparse.Namespace, result: Result) -> None:
+    law = curve_law(result)
+    if not arguments.schedule:
+        raise MegamupError(
+            f"--schedule: missing; expected a config or a run's folder, whose curve the law {law.name} predicts"
+        )
+    rates, measured, constants = _schedule(arguments.schedule, result)
+    predicted = predict_schedule(result, rates, _step(arguments.at, len(rates)))
+    warnings = [*other_model(result, constants), *result.warnings]
+    if arguments.json:
+        _print_json(schedule_json(result, predicted, measured) | {"warnings": warnings})
+        return
+    print("\n".join(schedule_lines(result, predicted, measured)))
+    _print_warnings(warnings)
+
+
+def _schedule(given: Sequence[str], result: Result) -> tuple[FloatArray, Measured | None, dict[str, float]]:
+    """Learning rate by step of a config or a run, the run's curve beside its prediction, and N and B."""
+    path = Path(given[0])
+    if reader_of(path) is not None:
+        if len(given) > 1:
+            raise MegamupError(f"--schedule: {given[1]!r} after the run {path}; expected overrides after a config only")
+        _, (track,) = load_tracks([path], (), Reading.from_text(result.ladder.convention["reading"]))
+        return (*measure(result, track), track.constants)
+    from megamup.train.schedule import lr_factor  # with it comes torch
+
+    config = load_config(*split_arguments(given))
+    steps = config.train.steps
+    rates = config.optim.lr * np.array([lr_factor(config.schedule, step, steps) for step in range(steps)])
+    constants = {"B": float(config.batch_tokens)}
+    counted = count(config.model).get(result.ladder.convention["parameters"])
+    return rates, None, constants | ({} if counted is None else {"N": float(counted)})
+
+
+def _step(text: str | None, last: int) -> list[float] | None:
+    """The step of `--at S=STEP`, None where it isn't given."""
+    if text is None:
+        return None
+    at = _numbers(text, "--at", "S=500")
+    step = at.get("S", 0.0)
+    if set(at) != {"S"} or step != int(step) or step > last:
+        raise MegamupError(f"--at: {text!r}; expected S=STEP, a whole number up to the schedule's last, {last}")
+    return [step]
 
 
 def _design(arguments: argparse.Namespace) -> None:
@@ -178,9 +246,14 @@ def _parser() -> argparse.ArgumentParser:
     prediction.add_argument("--fit", required=True, type=Path, metavar="fit.json")
     prediction.add_argument(
         "--at",
-        required=True,
         metavar="N=1e9,D=2e10",
-        help="the new run; or C=BUDGET or L=LOSS, where the law has an optimum",
+        help="the new run; or C=BUDGET or L=LOSS, where the law has an optimum; S=STEP with --schedule",
+    )
+    prediction.add_argument(
+        "--schedule",
+        nargs="+",
+        metavar="CONFIG",
+        help="for a law of whole curves: config files and a.b=c overrides, or a run's folder, whose curve is predicted",
     )
     prediction.add_argument("--json", action="store_true", help="print one JSON object")
 

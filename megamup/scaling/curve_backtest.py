@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +19,6 @@ from scipy.stats import t as student
 from megamup.scaling.fit import Data, fit_law
 from megamup.scaling.laws.annealing import CurveLaw
 from megamup.scaling.laws.base import FloatArray
-from megamup.scaling.laws.schedules import schedule_of
 from megamup.scaling.objective import Objective
 from megamup.scaling.uncertainty import LEVEL
 
@@ -31,27 +29,6 @@ LEAST_FALL = 0.1
 """Of the peak: a rate that has fallen by less shows too little of what annealing wins."""
 CUTS = (0.5, 0.6, 0.7, 0.8, 0.9)
 """Shares of a single curve that its end is predicted from."""
-
-
-@dataclass(frozen=True)
-class LoggedSchedule:
-    """The learning rate of a run at the steps where it was logged; linear in between."""
-
-    run: str
-    steps: FloatArray
-    """(n,), optimizer steps from 1, rising."""
-    rates: FloatArray
-    """(n,)"""
-
-    @property
-    def by_step(self) -> FloatArray:
-        """The rate of every step from 1 to the last: (T,)."""
-        return schedule_of(self.steps, self.rates)
-
-    @property
-    def length(self) -> int:
-        """T, steps."""
-        return int(self.steps[-1])
 
 
 @dataclass(frozen=True)
@@ -75,11 +52,16 @@ class ScheduleTrial:
 
 @dataclass(frozen=True)
 class CurveEvidence:
-    """The schedules that a law of whole curves was fitted under, and how it predicts those held out."""
+    """The runs that a law of whole curves was fitted to, and how it predicts those held out."""
 
-    schedules: tuple[LoggedSchedule, ...]
-    held_out: Literal["schedules", "steps"]
+    runs: tuple[str, ...]
+    """Their names, in the order of the law's schedules."""
     trials: tuple[ScheduleTrial, ...]
+
+    @property
+    def held_out(self) -> str:
+        """What was held out: whole schedules, or the later steps of the only one."""
+        return "schedules" if len(self.runs) > 1 else "steps"
 
     @property
     def rms_error(self) -> float | None:
@@ -109,8 +91,8 @@ class CurveEvidence:
             return [f"predictions have no interval: {self.no_interval_reason}"]
         if len(self.trials) < 3:
             return [
-                f"only {len(self.trials)} of {len(self.schedules)} schedules could be held out, so intervals are wide: "
-                "add runs with other decays"
+                f"intervals rest on {len(self.trials)} held-out of {len(self.runs)} schedules and are wide: add runs "
+                "with other decays"
             ]
         return []
 
@@ -134,7 +116,7 @@ def hold_out(law: CurveLaw, data: Data, objective: Objective, names: Sequence[st
         predicted, measured = fit.at(data.inputs[rows]), data.response[rows]
         if not np.all(np.isfinite(predicted)):  # what annealing would win is more than the loss
             continue
-        rms = math.sqrt(float(np.mean(np.log(predicted / measured) ** 2)))
+        rms = rms_log_error(predicted, measured)
         found.append(ScheduleTrial(name, int(kept.sum()), final_of(predicted), final_of(measured), rms))
     return tuple(found)
 
@@ -142,6 +124,11 @@ def hold_out(law: CurveLaw, data: Data, objective: Objective, names: Sequence[st
 def final_of(values: FloatArray) -> float:
     """Mean over the last 5% of a curve's points, at least one."""
     return float(np.mean(values[-max(1, round(FINAL_SHARE * len(values))) :]))
+
+
+def rms_log_error(predicted: FloatArray, measured: FloatArray) -> float:
+    """Root mean square of log(predicted / measured)."""
+    return math.sqrt(float(np.mean(np.log(predicted / measured) ** 2)))
 
 
 def anneals(law: CurveLaw, inputs: FloatArray) -> bool:

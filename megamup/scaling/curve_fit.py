@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -13,23 +14,25 @@ from megamup.errors import MegamupError
 from megamup.scaling.analysis import AUTO, Result, Tried, inputs_of
 from megamup.scaling.backtest import Backtest
 from megamup.scaling.choice import CANDIDATES
-from megamup.scaling.curve_backtest import LEAST_FALL, CurveEvidence, LoggedSchedule, anneals, final_of, hold_out
+from megamup.scaling.curve_backtest import LEAST_FALL, CurveEvidence, anneals, final_of, hold_out, rms_log_error
 from megamup.scaling.curves import UNKNOWN_WARMUP
 from megamup.scaling.fit import Data, fit_law, warnings_of
 from megamup.scaling.identifiability import check, check_fit
 from megamup.scaling.laws import LAWS, get_law
-from megamup.scaling.laws.annealing import CurveLaw, predict_curve
+from megamup.scaling.laws.annealing import Annealing, CurveLaw, predict_curve
 from megamup.scaling.laws.base import FloatArray
 from megamup.scaling.laws.schedules import Schedules
 from megamup.scaling.objective import Objective, get_objective
 from megamup.scaling.readers.track import Track
 from megamup.scaling.runs import Ladder, Point, Reading
-from megamup.scaling.uncertainty import no_interval_reason, parameter_intervals
+from megamup.scaling.uncertainty import LEVEL, no_interval_reason, parameter_intervals
 
 CURVE_LAWS = tuple(name for name, law in LAWS.items() if isinstance(law, CurveLaw))
 POINTS = 100
 """Of each curve, even in steps: spaced by their logs a short decay, which tells most, would have hardly any."""
 SAMPLING = f"mean of each of up to {POINTS} even stretches of a run after its warm-up and first {UNKNOWN_WARMUP:.0%}"
+DECAYS = (0.99, 0.995, 0.999)
+"""λ of the law `annealing` that are tried, as its source did; the longer a decay, the more hangs on it."""
 TIE = 1.02
 """Held-out errors within 2% of the least are as good: the simpler candidate is taken."""
 SAME = 0.01
@@ -48,6 +51,10 @@ class SchedulePrediction:
     """Nats per token."""
     half_width: float | None
     """Of the 95% interval of one new schedule's loss, in logs; None where there is none."""
+    length: int
+    """T, steps of the schedule."""
+    over_longest: float
+    """T over the steps of the longest fitted run."""
 
     @property
     def low(self) -> FloatArray | None:
@@ -79,7 +86,7 @@ class Measured:
     @property
     def rms_error(self) -> float:
         """Root mean square of log(predicted / measured) over the points."""
-        return math.sqrt(float(np.mean(np.log(self.predicted / self.loss) ** 2)))
+        return rms_log_error(self.predicted, self.loss)
 
 
 def is_curve_law(names: str) -> bool:
@@ -108,17 +115,17 @@ def analyse_curves(
             decay among them; points that don't determine the law.
     """
     points, schedules = curve_points(tracks)
-    known = Schedules([schedule.by_step for schedule in schedules])
-    laws = [replace(_curve_law(name), schedules=known) for name in names.split(",")]
+    runs = [track.name for track in tracks]
+    laws = [replace(law, schedules=schedules) for name in names.split(",") for law in _forms(name)]
     convention = ladder.convention | {"loss": _loss_words(ladder)}
     fitted = Ladder(tuple(points), convention, ladder.warnings)
     x = inputs_of(fitted, laws[0])
     data = Data(x, fitted.losses, fitted.runs)
     for law in laws:
-        _check_decay(law, data, schedules)
+        _check_decay(law, data, runs)
         check(law.bound_to(_columns(x)), data)
     candidates = [
-        _Candidate(law, get_objective(name), _evidence(law, data, get_objective(name), schedules))
+        _Candidate(law, get_objective(name), _evidence(law, data, get_objective(name), runs))
         for law in laws
         for name in (CANDIDATES if objective == AUTO else (objective,))
     ]
@@ -131,9 +138,9 @@ def analyse_curves(
         intervals=parameter_intervals(fit),
         backtest=Backtest((), 0),
         tried=tuple(
-            Tried(c.law.name, c.objective.name, c.evidence.rms_error, len(c.evidence.trials)) for c in candidates
+            Tried(form_of(c.law), c.objective.name, c.evidence.rms_error, len(c.evidence.trials)) for c in candidates
         ),
-        reason=reason,
+        reason=f"{form_of(chosen.law)}: {reason}",
         warnings=[
             *ladder.warnings,
             *warnings_of(fit),
@@ -147,8 +154,8 @@ def analyse_curves(
     )
 
 
-def curve_points(tracks: Sequence[Track]) -> tuple[list[Point], list[LoggedSchedule]]:
-    """Points of every curve, each the mean over a stretch of it, and the runs' schedules.
+def curve_points(tracks: Sequence[Track]) -> tuple[list[Point], Schedules]:
+    """Points of every curve, each the mean over a stretch of it, and the runs' schedules as they were logged.
 
     A point's inputs are `curve`, counted from 1, and `step`, beside what is constant in its run.
 
@@ -156,15 +163,19 @@ def curve_points(tracks: Sequence[Track]) -> tuple[list[Point], list[LoggedSched
         MegamupError: runs of several models or batches, without optimizer steps or learning rates, or all warm-up.
     """
     _check_alike(tracks)
-    points, schedules = [], []
-    for number, track in enumerate(tracks, start=1):
-        schedule = _schedule(track)
-        schedules.append(schedule)
-        steps, losses = _stretches(track, schedule)
+    schedules = Schedules.from_knots([_logged_rates(track) for track in tracks])
+    points = []
+    for number, (track, rate) in enumerate(zip(tracks, schedules.rates, strict=True), start=1):
+        steps, losses = _stretches(track, rate)
         for i, (step, loss) in enumerate(zip(steps, losses, strict=True), start=1):
             inputs = track.constants | {"curve": float(number), "step": float(step)}
             points.append(Point(f"{track.name} {i}/{len(steps)}", inputs, float(loss), track.source, track.name))
     return points, schedules
+
+
+def form_of(law: CurveLaw) -> str:
+    """The law's name, with its λ where it has one."""
+    return f"{law.name} λ={law.decay:g}" if isinstance(law, Annealing) else law.name
 
 
 def predict_schedule(result: Result, rates: ArrayLike, steps: ArrayLike | None = None) -> SchedulePrediction:
@@ -180,32 +191,67 @@ def predict_schedule(result: Result, rates: ArrayLike, steps: ArrayLike | None =
     rate = np.asarray(rates, dtype=np.float64)
     first = max(1, math.ceil(UNKNOWN_WARMUP * len(rate)))
     at = np.unique(np.rint(np.linspace(first, len(rate), SHOWN))) if steps is None else np.asarray(steps, np.float64)
-    law = result.law
-    assert isinstance(law, CurveLaw)
+    law = curve_law(result)
     _, loss = predict_curve(law, result.fit.parameters, rate, at)
     if not np.all(np.isfinite(loss)):
         raise MegamupError(
             f"--schedule: under it {law.name} would give a loss below 0, as its decay is far from any that was fitted; "
             "expected one nearer to them: fit runs with such a decay"
         )
-    return SchedulePrediction(at, rate[at.astype(np.int64) - 1], loss, _evidence_of(result).half_width)
+    longest = max(len(known) for known in law.known.rates)
+    return SchedulePrediction(
+        at,
+        rate[at.astype(np.int64) - 1],
+        loss,
+        half_width=_evidence_of(result).half_width,
+        length=len(rate),
+        over_longest=len(rate) / longest,
+    )
 
 
-def measure(result: Result, track: Track) -> tuple[LoggedSchedule, Measured]:
-    """A run's schedule, and its curve beside what the law predicts from the schedule alone.
+def measure(result: Result, track: Track) -> tuple[FloatArray, Measured]:
+    """A run's learning rate by step (T,), and its curve beside what the law predicts from that alone.
 
     Raises:
         MegamupError: as `curve_points` and `predict_schedule`.
     """
-    points, (schedule,) = curve_points([track])
+    points, schedules = curve_points([track])
     steps = np.array([point.inputs["step"] for point in points])
-    predicted = predict_schedule(result, schedule.by_step, steps).loss
-    return schedule, Measured(steps, np.array([point.loss for point in points]), predicted)
+    predicted = predict_schedule(result, schedules.rates[0], steps).loss
+    return schedules.rates[0], Measured(steps, np.array([point.loss for point in points]), predicted)
 
 
-def over_longest(result: Result, steps: int) -> float:
-    """Steps of a schedule over those of the longest fitted."""
-    return steps / max(schedule.length for schedule in _evidence_of(result).schedules)
+def schedule_json(result: Result, predicted: SchedulePrediction, measured: Measured | None) -> dict[str, Any]:
+    """A predicted curve, JSON-ready; `loss`, `low` and `high` are those of its last step."""
+    low, high = (None if end is None else end.tolist() for end in (predicted.low, predicted.high))
+    return {
+        "law": result.law.name,
+        "step": float(predicted.steps[-1]),
+        "steps": predicted.length,
+        "over_longest_run": predicted.over_longest,
+        "loss": float(predicted.loss[-1]),
+        "low": low and low[-1],
+        "high": high and high[-1],
+        "interval_level": LEVEL,
+        "interval_note": _evidence_of(result).no_interval_reason
+        or "one new schedule, by Student's t of the errors of those held out",
+        "curve": {
+            "step": predicted.steps.tolist(),
+            "lr": predicted.rates.tolist(),
+            "loss": predicted.loss.tolist(),
+            "low": low,
+            "high": high,
+        },
+        "measured": measured
+        and {
+            "final": measured.final,
+            "final_error": measured.final_error,
+            "rms_error": measured.rms_error,
+            "step": measured.steps.tolist(),
+            "loss": measured.loss.tolist(),
+        },
+        "convention": result.ladder.convention,
+    }
 
 
 def other_model(result: Result, constants: Mapping[str, float]) -> list[str]:
@@ -225,9 +271,8 @@ class _Candidate:
     evidence: CurveEvidence
 
 
-def _evidence(law: CurveLaw, data: Data, objective: Objective, schedules: Sequence[LoggedSchedule]) -> CurveEvidence:
-    trials = hold_out(law, data, objective, [schedule.run for schedule in schedules])
-    return CurveEvidence(tuple(schedules), "schedules" if len(schedules) > 1 else "steps", trials)
+def _evidence(law: CurveLaw, data: Data, objective: Objective, runs: Sequence[str]) -> CurveEvidence:
+    return CurveEvidence(tuple(runs), hold_out(law, data, objective, runs))
 
 
 def _choose(candidates: Sequence[_Candidate]) -> tuple[_Candidate, str]:
@@ -239,23 +284,32 @@ def _choose(candidates: Sequence[_Candidate]) -> tuple[_Candidate, str]:
     known = [error for error in errors if error is not None]
     if not known:
         return ranked[0], "nothing could be held out: the simplest"
-    best = next(
-        c for c, error in zip(ranked, errors, strict=True) if error is not None and error <= TIE * min(known)
-    )
+    best = next(c for c, error in zip(ranked, errors, strict=True) if error is not None and error <= TIE * min(known))
     return best, f"least error on held-out {best.evidence.held_out}, the simplest of those within {TIE - 1:.0%}"
 
 
-def _curve_law(name: str) -> CurveLaw:
+def _forms(name: str) -> list[CurveLaw]:
+    """The law called `name`, with each λ that is tried where it has one."""
     law = get_law(name)
     if not isinstance(law, CurveLaw):
-        raise MegamupError(f"--law: {name} is no law of whole curves; expected {' or '.join(CURVE_LAWS)} beside others")
-    return law
+        raise MegamupError(f"--law: {name} is no law of whole curves; expected only {', '.join(CURVE_LAWS)} together")
+    return [replace(law, decay=decay) for decay in DECAYS] if isinstance(law, Annealing) else [law]
 
 
 def _evidence_of(result: Result) -> CurveEvidence:
-    if result.curve_evidence is None:
-        raise MegamupError(f"--schedule: the law {result.law.name} has no schedule; expected {', '.join(CURVE_LAWS)}")
+    assert result.curve_evidence is not None
     return result.curve_evidence
+
+
+def curve_law(result: Result) -> CurveLaw:
+    """The law of a result of `analyse_curves`.
+
+    Raises:
+        MegamupError: the result is of another kind.
+    """
+    if not isinstance(result.law, CurveLaw) or result.curve_evidence is None:
+        raise MegamupError(f"--schedule: the law {result.law.name} has no schedule; expected {', '.join(CURVE_LAWS)}")
+    return result.law
 
 
 def _columns(x: FloatArray) -> dict[str, FloatArray]:
@@ -270,22 +324,25 @@ def _check_alike(tracks: Sequence[Track]) -> None:
         least, most = min(known, key=known.__getitem__), max(known, key=known.__getitem__)
         if known[most] > (1 + SAME) * known[least]:
             raise MegamupError(
-                f"{key}: {known[least]:.4g} {what} in {least}, {known[most]:.4g} in {most}; expected runs that differ in "
-                "their schedule alone: fit those of one model and batch"
+                f"{key}: {known[least]:.4g} {what} in {least}, {known[most]:.4g} in {most}; expected runs that "
+                "differ in their schedule alone: fit those of one model and batch"
             )
 
 
-def _check_decay(law: CurveLaw, data: Data, schedules: Sequence[LoggedSchedule]) -> None:
+def _check_decay(law: CurveLaw, data: Data, runs: Sequence[str]) -> None:
     if not anneals(law, data.inputs):
-        names = ", ".join(schedule.run for schedule in schedules)
         raise MegamupError(
-            f"--law {law.name}: the learning rate of {names} falls by less than {LEAST_FALL:.0%}, which can't tell what "
-            "a decay wins; expected a run with one: add a run with schedule.kind=cosine, linear or wsd"
+            f"--law {law.name}: the learning rate of {', '.join(runs)} falls by less than {LEAST_FALL:.0%}, which "
+            "can't tell what a decay wins; expected one that falls: add a run with schedule.kind=cosine, linear or wsd"
         )
 
 
-def _schedule(track: Track) -> LoggedSchedule:
-    """The learning rates of a run, without those inside a constant stretch."""
+def _logged_rates(track: Track) -> dict[str, list[float]]:
+    """The learning rates of a run and their steps, without those inside a constant stretch.
+
+    Raises:
+        MegamupError: the run logs none.
+    """
     steps, rates = track.rates if track.rates is not None else (np.empty(0), np.empty(0))
     if len(steps) < 2:
         raise MegamupError(
@@ -294,22 +351,22 @@ def _schedule(track: Track) -> LoggedSchedule:
         )
     inside = np.zeros(len(steps), dtype=np.bool_)
     inside[1:-1] = (rates[1:-1] == rates[:-2]) & (rates[1:-1] == rates[2:])
-    return LoggedSchedule(track.name, steps[~inside], rates[~inside])
+    return {"step": steps[~inside].tolist(), "lr": rates[~inside].tolist()}
 
 
-def _stretches(track: Track, schedule: LoggedSchedule) -> tuple[FloatArray, FloatArray]:
+def _stretches(track: Track, rate: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Mean step, rounded, and mean loss of up to `POINTS` even stretches of records: (n,) each."""
-    curve, rate = track.curve, schedule.by_step
+    curve = track.curve
     if not np.all(np.isfinite(curve.step)):
         raise MegamupError(f"{track.name}: has no optimizer steps at its losses; expected them: add --columns S=NAME")
     still = np.flatnonzero(np.diff(rate) <= 0)  # a warm-up rises
-    warm = still[0] + 1 if still.size else len(rate)
+    warm = int(still[0]) + 1 if still.size else len(rate)
     begin = max(warm, UNKNOWN_WARMUP * curve.step[-1])
-    rows = np.flatnonzero((curve.step >= begin) & (curve.step <= schedule.length))
+    rows = np.flatnonzero((curve.step >= begin) & (curve.step <= len(rate)))
     if not rows.size:
         raise MegamupError(
             f"{track.name}: no loss was logged between the end of its warm-up (step {warm}) and its last learning rate "
-            f"(step {schedule.length}); expected both beyond it: leave this run out with --exclude"
+            f"(step {len(rate)}); expected both beyond it: leave this run out with --exclude"
         )
     parts = np.array_split(rows, min(POINTS, len(rows)))
     steps, losses = (np.array([values[part].mean() for part in parts]) for values in (curve.step, curve.loss))

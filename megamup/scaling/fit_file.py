@@ -16,10 +16,11 @@ from megamup.errors import MegamupError
 from megamup.files import write_json_atomic
 from megamup.scaling.analysis import Result, Tried, inputs_of, response_of
 from megamup.scaling.backtest import Backtest, Trial
+from megamup.scaling.curve_backtest import CurveEvidence, ScheduleTrial
 from megamup.scaling.curve_table import CurveTable
 from megamup.scaling.fit import Data, Diagnostics, Fit
-from megamup.scaling.laws import get_law
-from megamup.scaling.laws.annealing import CurveLaw
+from megamup.scaling.laws import Law, get_law
+from megamup.scaling.laws.annealing import Annealing, CurveLaw
 from megamup.scaling.laws.schedules import Schedules
 from megamup.scaling.objective import get_objective
 from megamup.scaling.runs import Ladder, Point
@@ -68,6 +69,7 @@ def to_json(result: Result, folder: Path) -> dict[str, Any]:
             **asdict(fit.diagnostics),
         },
         "schedules": fit.law.known.knots() if isinstance(fit.law, CurveLaw) else None,
+        "curve_evidence": None if result.curve_evidence is None else _evidence_json(result.curve_evidence, fit.law),
         "covariance": None if matrix is None else matrix.tolist(),
         "backtest": {
             "folds": result.backtest.folds,
@@ -136,6 +138,9 @@ def _from_json(content: dict[str, Any], folder: Path) -> Result:
     law = get_law(content["law"], content["inputs"][0] if content["law"] == "power" else None)
     if isinstance(law, CurveLaw):
         law = replace(law, schedules=Schedules.from_knots(content["schedules"]))
+    evidence = content["curve_evidence"]
+    if evidence is not None and isinstance(law, Annealing):
+        law = replace(law, decay=evidence["decay"])
     inputs = inputs_of(ladder, law)
     law = law.bound_to(dict(zip(law.inputs, inputs.T, strict=True)))
     optimum = content["optimum"]
@@ -162,6 +167,7 @@ def _from_json(content: dict[str, Any], folder: Path) -> Result:
         reduction=content["reduction"],
         runs=None if content["runs"] is None else _ladder(content["runs"], content["convention"], folder),
         companions=tuple(_from_json(companion, folder) for companion in content["companions"]),
+        curve_evidence=None if evidence is None else _evidence(evidence),
         curves=None if content["curves"] is None else _curves(content["curves"]),
     )
 
@@ -178,6 +184,21 @@ def _point_json(point: Point, folder: Path) -> dict[str, Any]:
         "loss": point.loss,
         "source": None if point.source is None else _relative(point.source, folder),
     }
+
+
+def _evidence_json(evidence: CurveEvidence, law: Law) -> dict[str, Any]:
+    """With λ of the law `annealing`, and what follows from the trials."""
+    return asdict(evidence) | {
+        "decay": law.decay if isinstance(law, Annealing) else None,
+        "held_out": evidence.held_out,
+        "rms_error": evidence.rms_error,
+        "half_width": evidence.half_width,
+    }
+
+
+def _evidence(content: dict[str, Any]) -> CurveEvidence:
+    trials = tuple(ScheduleTrial(**trial) for trial in content["trials"])
+    return CurveEvidence(tuple(content["runs"]), trials)
 
 
 def _ladder(points: list[dict[str, Any]], convention: dict[str, str], folder: Path) -> Ladder:

@@ -141,6 +141,8 @@ def suggest(law: Law, data: Data, thetas: FloatArray, limit: float, first: Float
         first: (j, d), runs that are added in any case.
     """
     d, size = len(law.inputs), _size(law)
+    if not _scales(law):
+        return np.empty((0, d))
     axes = np.eye(d)[_scales(law)]
     steps = np.log(STEP) * np.concatenate([-axes, axes])
     candidates = np.unique((data.log_x[:, np.newaxis] + steps).reshape(-1, d), axis=0)
@@ -307,6 +309,8 @@ def _trade(law: Law, free: Sequence[int], vector: FloatArray) -> str:
 
 def _to_add(law: Law, rows: FloatArray) -> str:
     """Runs (k, d) to add, in words."""
+    if "curve" in law.inputs:
+        return "add runs with other schedules, or log the loss more often"
     if not len(rows):
         return f"add points of other {_and(law.inputs)}"
     runs = [",".join(f"{key}={value:.3g}" for key, value in zip(law.inputs, row, strict=True)) for row in rows]

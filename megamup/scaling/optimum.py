@@ -30,14 +30,18 @@ class Optima:
 def optima(ladder: Ladder) -> Optima:
     """The optimum of each (N, D) among points with N, D, lr and B.
 
-    Where an (N, D) was trained at one batch, that batch is kept and only the rate is an optimum.
+    Where an (N, D) was trained at one batch, that batch is kept and only the rate is an optimum. Points of which no two
+    share N and D are taken as optima already.
 
     Raises:
         MegamupError: a point without these inputs, or no (N, D) with an optimum between its runs.
     """
+    models = np.unique(ladder.columns(["N", "D"]), axis=0)
+    if len(models) == len(ladder):
+        return Optima(ladder, ("every N and D has one run, which is taken as its optimum",))
     columns = ladder.columns(["N", "D", "lr", "B"])
     points, warnings = [], list[str]()
-    for n, d in np.unique(columns[:, :2], axis=0):
+    for n, d in models:
         rows = np.all(columns[:, :2] == (n, d), axis=1)
         name = f"N={n:.4g},D={d:.4g}"
         found = _optimum(columns[rows, 2], columns[rows, 3], ladder.losses[rows])

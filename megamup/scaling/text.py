@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from megamup.scaling.analysis import Result
+from megamup.scaling.curve_backtest import final_of, rms_log_error
+from megamup.scaling.curve_fit import Measured, SchedulePrediction
 from megamup.scaling.design import Design
 from megamup.scaling.estimate import Estimate
 
@@ -40,13 +43,20 @@ def fit_lines(result: Result) -> Iterator[str]:
     yield from table_lines(rows)
     if len(result.tried) > 1:
         yield from table_lines(tried_rows(result))
-    yield from table_lines(point_rows(result))
+    yield from table_lines(point_rows(result) if result.curve_evidence is None else curve_rows(result))
     diagnostics = fit.diagnostics
     std = "-" if fit.residual_std is None else f"{fit.residual_std:.3g}"
     yield (
         f"residual std {std}, {diagnostics.share_of_starts_at_optimum:.0%} of {diagnostics.starts} starts at the "
         f"optimum, gradient norm {diagnostics.gradient_norm:.1e}, condition number {diagnostics.condition_number:.3g}"
     )
+    evidence = result.curve_evidence
+    if evidence is not None and evidence.rms_error is not None:
+        width = "none" if evidence.half_width is None else f"± {100 * evidence.half_width:.2g}% (Student's t)"
+        yield (
+            f"{evidence.held_out} held out: {len(evidence.trials)} predicted from the rest, error along their curves "
+            f"{100 * evidence.rms_error:.2f}% rms; 95% interval of a new schedule {width}"
+        )
     test = result.backtest
     if test.trials:
         yield (
@@ -81,6 +91,42 @@ def point_rows(result: Result) -> list[tuple[str, ...]]:
     half = MOST_ROWS // 2
     left = f"... {len(rows) - 1 - MOST_ROWS} more"
     return [*rows[: half + 1], (left, *[""] * (len(rows[0]) - 1)), *rows[-half:]]
+
+
+def curve_rows(result: Result) -> list[tuple[str, ...]]:
+    """Runs of a law of whole curves: final loss (mean over the last 5% of points), errors fitted and held out."""
+    evidence, fit = result.curve_evidence, result.fit
+    assert evidence is not None
+    header = ("run", "steps", "final loss", "law", "error %", "rms %", "held out: error %", "rms %")
+    rows: list[tuple[str, ...]] = [header]
+    held = {trial.run: trial for trial in evidence.trials}
+    for number, run in enumerate(evidence.runs, start=1):
+        mine = fit.inputs[:, 0] == number
+        measured, fitted = fit.loss[mine], fit.fitted[mine]
+        final, law = final_of(measured), final_of(fitted)
+        figures = [f"{fit.inputs[mine, 1].max():.0f}", f"{final:.5g}", f"{law:.5g}", f"{100 * (law / final - 1):+.2f}"]
+        figures.append(f"{100 * rms_log_error(fitted, measured):.2f}")
+        trial = held.get(run)
+        figures += [f"{100 * math.expm1(trial.error):+.2f}", f"{100 * trial.rms_error:.2f}"] if trial else ["-", "-"]
+        rows.append((run, *figures))
+    return rows
+
+
+def schedule_lines(result: Result, predicted: SchedulePrediction, measured: Measured | None) -> Iterator[str]:
+    """The last step of a predicted curve, and how a measured one compares."""
+    loss = f"loss {predicted.loss[-1]:.5g}"
+    if predicted.low is not None and predicted.high is not None:
+        loss += f"   (95%: {predicted.low[-1]:.5g} to {predicted.high[-1]:.5g}, of one new schedule)"
+    yield f"{loss} at step {predicted.steps[-1]:.0f} of {predicted.length}"
+    yield f"{predicted.over_longest:.3g} times as long as the longest fitted run"
+    if result.curve_evidence is not None and result.curve_evidence.no_interval_reason is not None:
+        yield f"no interval: {result.curve_evidence.no_interval_reason}"
+    if measured is not None:
+        there = measured.final * (1 + measured.final_error)
+        yield (
+            f"measured {measured.final:.5g} over its last points, where {there:.5g} is predicted: error "
+            f"{100 * measured.final_error:+.2f}%, along the curve {100 * measured.rms_error:.2f}% rms"
+        )
 
 
 def estimate_line(found: Estimate) -> str:

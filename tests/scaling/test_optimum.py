@@ -63,3 +63,10 @@ def test_grids_that_miss_the_optimum_are_left_out_and_refused() -> None:
     assert len(found.ladder) + len(found.warnings) == len(MODELS)
     assert all("N=1e+08" in warning for warning in found.warnings)
     assert found.warnings
+
+
+def test_a_table_of_optima_is_taken_as_it_is() -> None:
+    table = optima(grid()).ladder
+    again = optima(table)
+    assert again.ladder is table
+    assert again.warnings == ("every N and D has one run, which is taken as its optimum",)

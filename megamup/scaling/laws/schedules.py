@@ -15,6 +15,8 @@ from megamup.scaling.laws.base import FloatArray
 
 BLOCKS = 64
 """Groups that the steps before a point are summed in, each longer than the next: the latest are single steps."""
+ROUNDING = 1e-13
+"""Of the peak: straight lines bend by less. A cosine of 1e6 steps bends by 5e-12 at each."""
 
 REMEMBERED = 16
 """Sets of points whose sums are kept: a search asks for the same ones at every iteration."""
@@ -56,20 +58,25 @@ class Schedules:
         # Where a schedule ends at 0 its log has no value: a millionth of the peak stands for it.
         self._log_rate = [np.log(np.maximum(rate, 1e-6 * rate.max())) for rate in self.rates]
         self._memory: dict[tuple[object, ...], object] = {}
+        self._given: list[dict[str, list[float]]] | None = None
 
     def knots(self) -> list[dict[str, list[float]]]:
-        """For files: the steps and rates of each schedule between which it is a straight line, to 1e-9 of its peak."""
+        """For files: the steps and rates of each schedule between which it is a straight line."""
+        if self._given is not None:
+            return self._given
         found = []
         for rate in self.rates:
-            bend = np.abs(np.diff(rate, 2)) > 1e-9 * rate.max()
+            bend = np.abs(np.diff(rate, 2)) > ROUNDING * rate.max()
             steps = np.unique(np.concatenate([[0], np.flatnonzero(bend) + 1, [len(rate) - 1]]))
             found.append({"step": (steps + 1.0).tolist(), "lr": rate[steps].tolist()})
         return found
 
     @classmethod
     def from_knots(cls, knots: Sequence[Mapping[str, Sequence[float]]]) -> Schedules:
-        """The inverse of `knots`."""
-        return cls([schedule_of(each["step"], each["lr"]) for each in knots])
+        """The inverse of `knots`, which gives them back as they are."""
+        schedules = cls([schedule_of(each["step"], each["lr"]) for each in knots])
+        schedules._given = [{key: list(each[key]) for key in ("step", "lr")} for each in knots]
+        return schedules
 
     def areas(self, curves: FloatArray, steps: FloatArray) -> FloatArray:
         """S1, the sum of the learning rates up to each point, warm-up included: (n,).

@@ -73,7 +73,9 @@ def track_of(log: RunLog, columns: Mapping[str, str], defaults: Mapping[str, str
     for key, what in (("L", "loss"), ("D", "tokens seen")):
         if key not in expressions:
             raise MegamupError(_missing(log, key, what, defaults[key], known))
-    series = {key: _series(log, expression, facts, may_be_zero=key in MAY_BE_ZERO) for key, expression in expressions.items()}
+    series = {
+        key: _series(log, expression, facts, may_be_zero=key in MAY_BE_ZERO) for key, expression in expressions.items()
+    }
     curve = _curve(log, series, expressions["L"].text)
     constants = {
         key: float(np.max(values) if key == "lr" else values[-1])

@@ -8,7 +8,7 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ import numpy as np
 from megamup.cli import report_errors
 from megamup.config import load_config, split_arguments
 from megamup.errors import MegamupError
-from megamup.files import write_text_atomic
+from megamup.files import write_json_atomic, write_text_atomic
 from megamup.parameters import count
+from megamup.scaling.allocation import parse_cluster
 from megamup.scaling.analysis import AUTO, Result, analyse, analyse_reduced, check_names, laws_named
 from megamup.scaling.curve_fit import (
     Measured,
@@ -39,16 +40,16 @@ from megamup.scaling.objective import OBJECTIVES
 from megamup.scaling.readers.columns import parse_pairs
 from megamup.scaling.readers.sources import reader_of
 from megamup.scaling.run_arguments import add_run_arguments, read_curves, read_ladder, read_tracks
-from megamup.scaling.runs import Reading, load_tracks
+from megamup.scaling.runs import Reading, load_holdout, load_tracks
 from megamup.scaling.text import design_lines, estimate_line, fit_lines, schedule_lines, table_lines
-from megamup.scaling.uncertainty import LEVEL, no_interval_reason
+from megamup.scaling.uncertainty import LEVEL, METHODS, no_interval_reason
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand; an error in what the user gave is one line on stderr and exit code 2."""
     arguments = _parser().parse_args(argv)
     arguments.command = shlex.join(["tools/scaling.py", *(sys.argv[1:] if argv is None else argv)])
-    verb = {"fit": _fit, "predict": _predict, "design": _design, "mfu": _mfu}[arguments.verb]
+    verb = {"fit": _fit, "predict": _predict, "design": _design, "report": _report, "mfu": _mfu}[arguments.verb]
     return report_errors(lambda: verb(arguments))
 
 
@@ -58,9 +59,11 @@ def _fit(arguments: argparse.Namespace) -> None:
     if is_curve_law(arguments.law):
         result = analyse_curves(arguments.law, *read_tracks(arguments), **options)
     elif arguments.law in REDUCTIONS:
+        options["method"] = arguments.intervals
         result = analyse_reduced(arguments.law, read_ladder(arguments), lambda: read_curves(arguments), **options)
     else:
         ladder = read_ladder(arguments)
+        options["method"] = arguments.intervals
         result = analyse(ladder, laws_named(arguments.law, arguments.x, ladder), **options)
     if arguments.output:
         save_result(result, arguments.output)
@@ -80,6 +83,8 @@ def _predict(arguments: argparse.Namespace) -> None:
     if arguments.at is None:
         raise MegamupError("--at: missing; expected the new run, a budget or a loss, such as --at C=1e15")
     at = _numbers(arguments.at, "--at", "C=1e15")
+    if arguments.intervals:
+        result = replace(result, method=arguments.intervals)
     found = estimate(result, at)
     times = beyond(result, at)
     if arguments.json:
@@ -107,7 +112,8 @@ def _prediction_json(
         "high": loss and loss.high,
         "interval_level": LEVEL,
         "interval_note": no_interval_reason(result.fit)
-        or "one new run, noise included, widened by what the backtest needed",
+        or "of one new run, noise included, widened by what the backtest needed; of other quantities the law's own",
+        "interval_method": result.method,
         "quantities": {one.name: {"value": one.value, "low": one.low, "high": one.high} for one in found},
         "over_largest_run": times,
         "convention": result.ladder.convention,
@@ -179,6 +185,37 @@ def _design(arguments: argparse.Namespace) -> None:
     print("\n".join(design_lines(design)))
 
 
+def _report(arguments: argparse.Namespace) -> None:
+    from megamup.scaling.figures.drawing import save_figures
+    from megamup.scaling.report import make_report
+
+    results = [load_result(path) for path in arguments.fit]
+    held = load_holdout(arguments.holdout, results[0].ladder) if arguments.holdout else ()
+    report = make_report(
+        results,
+        held,
+        command=arguments.command,
+        target=_numbers(arguments.at, "--at", "N=1e9,D=2e10") if arguments.at else None,
+        budgets=[_positive(budget, "--budgets") for budget in arguments.budgets],
+        cluster=parse_cluster(arguments.cluster) if arguments.cluster else None,
+    )
+    write_text_atomic(arguments.output, report.html)
+    written = [arguments.output]
+    if arguments.numbers:
+        write_json_atomic(arguments.numbers, report.numbers)
+        written.append(arguments.numbers)
+    if arguments.figures:
+        save_figures(report.drawings, arguments.figures)
+        written.append(arguments.figures)
+    for verdict in report.numbers["held_out"]:
+        state = {True: "inside", False: "outside", None: "no"}[verdict["inside"]]
+        print(
+            f"{verdict['run']}: predicted {verdict['predicted']:.4f}, measured {verdict['measured']:.4f}, "
+            f"error {verdict['error_percent']:+.2f}%, {state} 95% interval"
+        )
+    print(f"wrote {', '.join(map(str, written))}")
+
+
 def _mfu(arguments: argparse.Namespace) -> None:
     runs = utilisations(arguments.runs)
     if arguments.output:
@@ -239,6 +276,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"what is least: {', '.join(OBJECTIVES)}, huber:DELTA, or auto (default): by held-out error",
     )
     fit.add_argument("--seed", type=int, default=0, help="of the random starts (default 0)")
+    fit.add_argument("--intervals", choices=METHODS, default=METHODS[0], help="how they are found (default profile)")
     fit.add_argument("--output", type=Path, metavar="fit.json", help="write the fit file")
     fit.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
 
@@ -255,6 +293,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="CONFIG",
         help="for a law of whole curves: config files and a.b=c overrides, or a run's folder, whose curve is predicted",
     )
+    prediction.add_argument("--intervals", choices=METHODS, help="how they are found (default as in the fit)")
     prediction.add_argument("--json", action="store_true", help="print one JSON object")
 
     design = verbs.add_parser("design", help="the next runs that narrow a prediction most per FLOP")
@@ -269,6 +308,18 @@ def _parser() -> argparse.ArgumentParser:
         help="standard deviation of one run's loss as a share of it, where runs are too few to tell",
     )
     design.add_argument("--json", action="store_true", help="print one JSON object")
+
+    report = verbs.add_parser("report", help="a self-contained HTML page, with its figures and numbers")
+    report.add_argument("--fit", required=True, nargs="+", type=Path, metavar="fit.json", help="one law or several")
+    report.add_argument("--holdout", nargs="+", type=Path, default=[], metavar="RUN_DIR", help="runs not fitted")
+    report.add_argument("--at", metavar="N=1e9,D=2e10", help="a target to mark and to predict")
+    report.add_argument(
+        "--budgets", nargs="+", default=[], metavar="1e22", help="FLOPs to allocate: N*, D*, days, cost"
+    )
+    report.add_argument("--cluster", metavar="devices=512,peak=989e12,mfu=40,price=2.5", help="for days and cost")
+    report.add_argument("--output", required=True, type=Path, metavar="report.html")
+    report.add_argument("--figures", type=Path, metavar="DIR", help="write every figure as PNG and SVG too")
+    report.add_argument("--numbers", type=Path, metavar="report.json", help="write all that is drawn or tabulated")
 
     mfu = verbs.add_parser("mfu", help="MFU, tokens/s and goodput of runs over time, with stalls marked")
     mfu.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR")

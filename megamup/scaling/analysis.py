@@ -24,6 +24,9 @@ from megamup.scaling.uncertainty import Interval, Prediction, no_interval_reason
 
 AUTO = "auto"
 
+OF_THE_DATA_SET = ("kaplan-d", "kaplan-nd")
+"""Laws whose D is the data set's size: what is seen again doesn't count (Kaplan et al. 2020, section 1.3)."""
+
 
 @dataclass(frozen=True)
 class Tried:
@@ -52,6 +55,8 @@ class Result:
     provenance: dict[str, str]
     """The command, the date (UTC) and the versions the fit was made with."""
     seed: int = 0
+    method: str = "profile"
+    """How intervals are found, one of `uncertainty.METHODS`."""
     reduction: str | None = None
     """The key of `REDUCTIONS` by which runs became the ladder's points; None where they are the runs' own."""
     runs: Ladder | None = None
@@ -69,7 +74,7 @@ class Result:
 
     def predict(self, inputs: FloatArray) -> Prediction:
         """The law and the interval of one new run at `inputs` (m, d), widened by what the backtest needed."""
-        return predict(self.fit, inputs).widened(self.backtest.inflation)
+        return predict(self.fit, inputs, method=self.method).widened(self.backtest.inflation)
 
 
 def known_inputs(ladder: Ladder) -> set[str]:
@@ -129,7 +134,10 @@ def inputs_of(ladder: Ladder, law: Law) -> FloatArray:
                 f"--law {law.name}: needs {key}, which {len(lacking)} of {len(ladder.points)} points lack (first "
                 f"{lacking[0]}); they have {has}: name its column (--columns {key}=COLUMN), or choose another law"
             )
-    return np.column_stack([ladder.losses if key == "L" else ladder.columns([key])[:, 0] for key in law.inputs])
+    columns = {key: ladder.losses if key == "L" else ladder.columns([key])[:, 0] for key in law.inputs}
+    if law.name in OF_THE_DATA_SET and "U" in known_inputs(ladder):
+        columns["D"] = np.minimum(columns["D"], ladder.columns(["U"])[:, 0])
+    return np.column_stack(list(columns.values()))
 
 
 def completed(ladder: Ladder, needed: set[str]) -> Ladder:
@@ -167,12 +175,14 @@ def analyse(
     *,
     objective: str = AUTO,
     seed: int = 0,
+    method: str = "profile",
     provenance: dict[str, str] | None = None,
 ) -> Result:
     """Fit the law whose held-out error is least, under the objective whose held-out error is least.
 
     Args:
         laws: one, or several to choose from; all of the same response.
+        method: how intervals are found, one of `uncertainty.METHODS`.
         objective: a name that `get_objective` knows, or ``auto``.
 
     Raises:
@@ -196,7 +206,7 @@ def analyse(
     )
     found = check_fit(fit)
     test = backtest(fit.law, data, fit.objective, sizes_of(ladder, fit.law), names)
-    intervals = parameter_intervals(fit)
+    intervals = parameter_intervals(fit, method=method)
     return Result(
         fit=fit,
         ladder=ladder,
@@ -213,6 +223,7 @@ def analyse(
         ],
         provenance=provenance or {},
         seed=seed,
+        method=method,
     )
 
 
@@ -223,6 +234,7 @@ def analyse_reduced(
     *,
     objective: str = AUTO,
     seed: int = 0,
+    method: str = "profile",
     provenance: dict[str, str] | None = None,
 ) -> Result:
     """Reduce runs as `name`, a key of `REDUCTIONS`, says, and fit its laws: the first, with the others as companions.
@@ -238,7 +250,7 @@ def analyse_reduced(
     warnings = list(reduced.warnings)
     for law, points in reduced.parts:
         try:
-            result = analyse(points, [law], objective=objective, seed=seed, provenance=provenance)
+            result = analyse(points, [law], objective=objective, seed=seed, method=method, provenance=provenance)
         except MegamupError as error:
             if not found:
                 raise MegamupError(f"--law {name}: {error}{_listed(warnings)}") from None

@@ -74,7 +74,7 @@ def critical_batch(
     losses = _levels(runs, levels)
     found = [_level(runs, loss) for loss in losses]
     points = tuple(
-        Point(f"B={b:.4g},L={level.loss:.4g}", {"B": b, "S": s, "lr": rate}, level.loss, run=f"B={b:.4g}")
+        Point(f"B={b:.4g},L={level.loss:.4g}", {"B": b, "S": s, "lr": rate}, level.loss)
         for level in found
         for b, s, rate in zip(level.batches.tolist(), level.steps.tolist(), level.rates.tolist(), strict=True)
     )

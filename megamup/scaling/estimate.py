@@ -45,7 +45,7 @@ def estimate(result: Result, at: Mapping[str, float]) -> list[Estimate]:
             f"--at: {','.join(f'{key}={value:g}' for key, value in at.items())} given; the law {law.name} takes "
             f"{_and(law.inputs)}{_elsewhere(result)}"
         )
-    intervals = quantity_intervals(result.fit, quantities)
+    intervals = quantity_intervals(result.fit, quantities, method=result.method)
     found = [Estimate(name, *ends, new_run=False) for name, ends in intervals.items()]
     optimum = {"N": "N_opt", "D": "D_opt"}
     if law.response == "L" and "L" in quantities and {optimum.get(key) for key in law.inputs} <= set(quantities):

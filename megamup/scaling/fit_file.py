@@ -24,9 +24,14 @@ from megamup.scaling.laws.annealing import Annealing, CurveLaw
 from megamup.scaling.laws.schedules import Schedules
 from megamup.scaling.objective import get_objective
 from megamup.scaling.runs import Ladder, Point
-from megamup.scaling.uncertainty import LEVEL, covariance, no_interval_reason
+from megamup.scaling.uncertainty import LEVEL, RESAMPLES, covariance, no_interval_reason
 
 FORMAT = 2
+METHOD_NAMES = {
+    "profile": "profile likelihood",
+    "delta": "delta method",
+    "bootstrap": f"percentiles of {RESAMPLES} bootstraps over runs",
+}
 
 
 def provenance(command: str) -> dict[str, str]:
@@ -53,7 +58,8 @@ def to_json(result: Result, folder: Path) -> dict[str, Any]:
         "parameters": fit.parameters,
         "intervals": {name: list(ends) for name, ends in result.intervals.items()},
         "interval_level": LEVEL,
-        "interval_note": no_interval_reason(fit) or "profile likelihood; null: the points set no end on that side",
+        "interval_note": no_interval_reason(fit) or f"{METHOD_NAMES[result.method]}; null: no end on that side",
+        "interval_method": result.method,
         "objective": fit.objective_value,
         "objective_name": fit.objective.name,
         "objective_meaning": fit.objective.meaning,
@@ -164,6 +170,7 @@ def _from_json(content: dict[str, Any], folder: Path) -> Result:
         warnings=content["warnings"],
         provenance=content["provenance"],
         seed=content["seed"],
+        method=content["interval_method"],
         reduction=content["reduction"],
         runs=None if content["runs"] is None else _ladder(content["runs"], content["convention"], folder),
         companions=tuple(_from_json(companion, folder) for companion in content["companions"]),

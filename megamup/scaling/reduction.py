@@ -10,11 +10,9 @@ from megamup.scaling.curves import Curve
 from megamup.scaling.envelope import envelope
 from megamup.scaling.isoflop import isoflop
 from megamup.scaling.laws import REDUCTIONS, Law
-from megamup.scaling.laws.annealing import CURVE_LAWS
 from megamup.scaling.laws.batch import BATCH_LOSS
 from megamup.scaling.optimum import optima
 from megamup.scaling.runs import Ladder, Point
-from megamup.scaling.whole_curves import whole_curves
 
 Curves = Sequence[tuple[Point, Curve]]
 
@@ -41,8 +39,5 @@ def reduce_runs(name: str, ladder: Ladder, curves: Callable[[], Curves]) -> Redu
     if name == "envelope":
         lowest = envelope(curves(), convention=ladder.convention)
         return Reduced(tuple((law, lowest.ladder) for law in reduction.laws), lowest.warnings)
-    if name in CURVE_LAWS:
-        points, law = whole_curves(curves(), CURVE_LAWS[name], convention=ladder.convention)
-        return Reduced(((law, points),), ())
     best = isoflop(ladder) if name == "isoflop" else optima(ladder)
     return Reduced(tuple((law, best.ladder) for law in reduction.laws), best.warnings)

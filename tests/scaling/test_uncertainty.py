@@ -6,10 +6,19 @@ from scipy.optimize import curve_fit, minimize
 from scipy.stats import binom
 from scipy.stats import t as student
 
+from megamup.errors import MegamupError
 from megamup.scaling.fit import Fit, fit_law
 from megamup.scaling.laws.base import FloatArray
-from megamup.scaling.laws.loss import power
-from megamup.scaling.uncertainty import covariance, no_interval_reason, parameter_intervals, predict
+from megamup.scaling.laws.loss import CHINCHILLA, power
+from megamup.scaling.uncertainty import (
+    bootstrap,
+    covariance,
+    no_interval_reason,
+    noise_std,
+    parameter_intervals,
+    predict,
+    quantity_intervals,
+)
 
 POWER = power("C")
 TRUE_B, TRUE_C, NOISE = -0.15, 1.7, 0.003
@@ -180,3 +189,67 @@ def test_relative_objective_scales_the_noise_with_the_loss() -> None:
     prediction = predict(fit_law(POWER, x, loss, objective="relative"), [1.0, 1e6])
     share = (prediction.high - prediction.low) / prediction.loss / 2
     assert share == pytest.approx([2 * NOISE, 2 * NOISE], rel=0.25)
+
+
+def spread_runs(points: int = 240) -> Fit:
+    """The Chinchilla law on runs spread as Hoffmann et al.'s, with 1% noise."""
+    random = np.random.default_rng(0)
+    n = np.exp(random.uniform(np.log(5e7), np.log(1.6e10), points))
+    d = np.exp(random.uniform(np.log(1e18), np.log(3e22), points)) / 6 / n
+    loss = (1.8172 + 482.01 / n**0.3478 + 2085.43 / d**0.3658) * np.exp(0.01 * random.standard_normal(points))
+    return fit_law(CHINCHILLA, np.column_stack([n, d]), loss, starts=4)
+
+
+@pytest.mark.parametrize("method", ["delta", "bootstrap"])
+def test_methods_agree_where_the_region_is_an_ellipse(method: str) -> None:
+    fit = spread_runs()
+    profile, other = parameter_intervals(fit), parameter_intervals(fit, method=method)
+    for name in fit.law.parameters:
+        (low, high), (other_low, other_high) = profile[name], other[name]
+        assert low is not None
+        assert high is not None
+        assert other_low == pytest.approx(low, abs=0.25 * (high - low))
+        assert other_high == pytest.approx(high, abs=0.25 * (high - low))
+    target = [(7e10, 1.4e12)]
+    expected, found = predict(fit, target), predict(fit, target, method=method)
+    assert found.high - found.low == pytest.approx(expected.high - expected.low, rel=0.15)
+    quantities = fit.law.quantities({"C": 1e23})
+    for (value, low, high), (same, below, above) in zip(
+        quantity_intervals(fit, quantities).values(),
+        quantity_intervals(fit, quantities, method=method).values(),
+        strict=True,
+    ):
+        assert value == same
+        assert np.log(above / below) == pytest.approx(np.log(high / low), rel=0.25)
+
+
+def test_bootstrap_is_of_runs_and_repeats_with_its_seed() -> None:
+    fit = spread_runs(40)
+    curves = fit_law(CHINCHILLA, np.repeat(fit.inputs, 5, axis=0), np.repeat(fit.loss, 5), runs=np.repeat(range(40), 5))
+    np.testing.assert_array_equal(bootstrap(fit, 20, seed=1), bootstrap(fit, 20, seed=1))
+    # Five equal points of each run are no more evidence than one.
+    np.testing.assert_allclose(bootstrap(curves, 20, seed=1), bootstrap(fit, 20, seed=1), rtol=1e-4, atol=1e-4)
+
+
+def test_points_of_one_curve_are_no_independent_evidence() -> None:
+    """With every run given five times the interval is that of the runs, not one that is √5 times shorter."""
+    fit = noisy_fit(0, np.logspace(0, 3, 12))
+    runs = np.repeat(np.arange(12), 5)
+    curves = fit_law(POWER, np.repeat(fit.inputs, 5, axis=0), np.repeat(fit.loss, 5), objective="loss", runs=runs)
+    one, five = predict(fit, [1e4]), predict(curves, [1e4])
+    assert five.high - five.low == pytest.approx(one.high - one.low, rel=0.25)
+
+
+def test_an_unknown_method_is_refused() -> None:
+    with pytest.raises(MegamupError, match="--intervals: 'jackknife' is unknown; expected one of profile, delta"):
+        predict(noisy_fit(0), [1e4], method="jackknife")
+
+
+def test_outliers_do_not_widen_the_interval_of_a_new_run_under_huber() -> None:
+    fit = spread_runs()
+    loss = fit.loss.copy()
+    loss[:5] *= 1.3
+    spoiled = fit_law(CHINCHILLA, fit.inputs, loss, objective="huber", starts=4)
+    clean = fit_law(CHINCHILLA, fit.inputs, fit.loss, objective="huber", starts=4)
+    assert noise_std(spoiled) == pytest.approx(noise_std(clean), rel=0.15)
+    assert noise_std(clean) == pytest.approx(0.01, rel=0.15)

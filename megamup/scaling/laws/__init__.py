@@ -95,8 +95,6 @@ REDUCTIONS = {
         Reduction("critical-batch", "curves", ("B", "lr"), (CRITICAL_BATCH, BATCH_LOSS), CRITICAL_BATCH.source),
         Reduction("step-law-lr", "points", ("N", "D", "lr", "B"), (STEP_LAW_LR,), STEP_LAW_LR.source),
         Reduction("step-law-batch", "points", ("N", "D", "lr", "B"), (STEP_LAW_BATCH,), STEP_LAW_BATCH.source),
-        Reduction("annealing", "curves", (), (ANNEALING,), ANNEALING.source),
-        Reduction("multi-power", "curves", (), (MULTI_POWER,), MULTI_POWER.source),
     )
 }
 """By the name that users write. Laws that aren't fitted to the runs' own points come with one."""

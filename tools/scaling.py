@@ -314,7 +314,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--holdout", nargs="+", type=Path, default=[], metavar="RUN_DIR", help="runs not fitted")
     report.add_argument("--at", metavar="N=1e9,D=2e10", help="a target to mark and to predict")
     report.add_argument(
-        "--budgets", nargs="+", default=[], metavar="1e22", help="FLOPs to allocate: N*, D*, days, cost"
+        "--budgets", nargs="+", default=[], metavar="1e22", help="FLOPs to allocate to N* and D*"
     )
     report.add_argument("--cluster", metavar="devices=512,peak=989e12,mfu=40,price=2.5", help="for days and cost")
     report.add_argument("--output", required=True, type=Path, metavar="report.html")

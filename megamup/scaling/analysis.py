@@ -12,6 +12,7 @@ from megamup.scaling.backtest import Backtest, backtest
 from megamup.scaling.choice import CANDIDATES, Choice, choose
 from megamup.scaling.curve_backtest import CurveEvidence
 from megamup.scaling.curve_table import CurveTable
+from megamup.scaling.delta import outliers
 from megamup.scaling.fit import Data, Fit, check_enough, fit_law, warnings_of
 from megamup.scaling.identifiability import check, check_fit
 from megamup.scaling.laws import LAWS, POWER_INPUTS, REDUCTIONS, get_law
@@ -23,6 +24,7 @@ from megamup.scaling.runs import Ladder
 from megamup.scaling.uncertainty import Interval, Prediction, no_interval_reason, parameter_intervals, predict
 
 AUTO = "auto"
+MOST_NAMES = 8
 
 OF_THE_DATA_SET = ("kaplan-d", "kaplan-nd")
 """Laws whose D is the data set's size: what is seen again doesn't count (Kaplan et al. 2020, section 1.3)."""
@@ -205,7 +207,7 @@ def analyse(
         chosen.law, data.inputs, data.response, objective=chosen.objective, seed=seed, runs=data.runs.tolist()
     )
     found = check_fit(fit)
-    test = backtest(fit.law, data, fit.objective, sizes_of(ladder, fit.law), names)
+    test = backtest(fit.law, data, fit.objective, sizes_of(ladder, fit.law), names, skip=outliers(fit))
     intervals = parameter_intervals(fit, method=method)
     return Result(
         fit=fit,
@@ -216,6 +218,7 @@ def analyse(
         reason=choice.reason,
         warnings=[
             *ladder.warnings,
+            *_outlier_warnings(fit, names),
             *warnings_of(fit),
             *found,
             *_interval_warnings(fit, intervals),
@@ -275,6 +278,17 @@ def _table(choice: Choice) -> tuple[Tried, ...]:
         )
         for candidate in choice.tried
     )
+
+
+def _outlier_warnings(fit: Fit, names: Sequence[str]) -> list[str]:
+    found = [name for name, out in zip(names, outliers(fit), strict=True) if out]
+    if not found:
+        return []
+    shown = ", ".join(found[:MOST_NAMES]) + (f" and {len(found) - MOST_NAMES} more" if len(found) > MOST_NAMES else "")
+    return [
+        f"{len(found)} of {len(names)} points are outliers, which hardly move the law and count neither as noise nor "
+        f"in the backtest, so that intervals hold for runs that are none: {shown}"
+    ]
 
 
 def _interval_warnings(fit: Fit, intervals: dict[str, Interval]) -> list[str]:

@@ -1,7 +1,7 @@
 """Which law and which objective: the pair whose predictions of held-out larger runs err least.
 
 Candidates are compared on the same held-out runs (the folds of `backtest.py`). Of those whose errors can't be told from
-the least (within two standard errors) the simplest is taken: fewer parameters, then least squares on logs, which wastes
+the least (`STANDARD_ERRORS`) the simplest is taken: fewer parameters, then least squares on logs, which wastes
 nothing where there are no outliers (Huber's loss at delta 1e-3 is nearly least absolute error and needs half as many
 runs again). Where there are, Huber's.
 """
@@ -15,15 +15,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from megamup.scaling.backtest import Backtest, backtest
+from megamup.scaling.delta import outliers
 from megamup.scaling.fit import Data, fit_law
 from megamup.scaling.laws.base import FloatArray, Law
 from megamup.scaling.objective import Objective, get_objective
 
 CANDIDATES = ("log", "loss", "huber")
-STANDARD_ERRORS = 2.0
-"""Over the folds. They share runs, so that the errors of neighbours go together, and one would be too few."""
-OUTLIER = 6.0
-"""A residual beyond so many robust standard deviations is no Gaussian's: one in a billion."""
+STANDARD_ERRORS = {False: 2.0, True: 1.0}
+"""Over the folds, by whether there are outliers. Without them least squares on logs is best in theory, and it takes
+two to leave it (folds share runs, so that one would be too few); with them neither has theory on its side, and it
+takes one, as in Breiman et al. 1984, section 3.4.3."""
 
 
 @dataclass(frozen=True)
@@ -69,46 +70,41 @@ def choose(laws: Sequence[tuple[Law, Data, FloatArray]], objectives: Sequence[st
     )
     if len(tried) == 1:
         return Choice(tried[0], tried, "the only one asked for")
-    outliers = {id(law): has_outliers(law, data) for law, data, _ in laws}
-    ranked = sorted(tried, key=lambda c: _preference(c, outliers[id(c.law)]))
+    outliers_of = {id(law): has_outliers(law, data) for law, data, _ in laws}
+    ranked = sorted(tried, key=lambda c: _preference(c, outliers_of[id(c.law)]))
     judged = [candidate for candidate in ranked if candidate.errors]
     if not judged:
-        why = "outliers among the residuals" if outliers[id(ranked[0].law)] else "no outliers among the residuals"
+        why = "outliers among the residuals" if outliers_of[id(ranked[0].law)] else "no outliers among the residuals"
         return Choice(ranked[0], tried, f"too few runs to hold larger ones out; {why}")
     least = min(judged, key=lambda c: c.backtest.rms_error or math.inf)
     for candidate in judged:
-        if candidate is least or not_told_from(candidate, least):
+        if candidate is least or not_told_from(candidate, least, STANDARD_ERRORS[outliers_of[id(candidate.law)]]):
             break
     if candidate is least:
         return Choice(candidate, tried, "least error on held-out larger runs")
-    robust = candidate.objective.delta is not None and outliers[id(candidate.law)]
+    robust = candidate.objective.delta is not None and outliers_of[id(candidate.law)]
     why = "robust to the outliers seen" if robust else "simplest"
     return Choice(candidate, tried, f"{why} of those whose errors on held-out larger runs can't be told from the least")
 
 
-def not_told_from(candidate: Candidate, best: Candidate) -> bool:
-    """Whether the candidate's mean squared held-out error exceeds the best's by at most two standard errors."""
+def not_told_from(candidate: Candidate, best: Candidate, standard_errors: float) -> bool:
+    """Whether the candidate's mean squared held-out error exceeds the best's by at most so many standard errors."""
     by_fold: dict[int, list[float]] = {}
     for fold, run in sorted(candidate.errors.keys() & best.errors.keys()):
         by_fold.setdefault(fold, []).append(candidate.errors[fold, run] ** 2 - best.errors[fold, run] ** 2)
     means = np.array([np.mean(values) for values in by_fold.values()])
     if len(means) < 2:
         return False
-    return float(means.mean()) <= STANDARD_ERRORS * float(np.std(means, ddof=1)) / math.sqrt(len(means))
+    return float(means.mean()) <= standard_errors * float(np.std(means, ddof=1)) / math.sqrt(len(means))
 
 
 def has_outliers(law: Law, data: Data) -> bool:
-    """Whether a residual of the Huber fit lies beyond 6 robust standard deviations."""
+    """Whether the Huber fit has any."""
     fit = fit_law(law, data.inputs, data.response, objective="huber", starts=8, runs=data.runs.tolist())
-    size = np.abs(fit.residuals)
-    # Points that the fit interpolates have none: they don't say how large residuals are.
-    own = np.sort(size)[len(law.parameters) :]
-    if len(own) < len(law.parameters) + 1:
-        return False
-    return bool(size.max() > OUTLIER * 1.4826 * max(float(np.median(own)), 1e-9))
+    return bool(outliers(fit).any())
 
 
-def _preference(candidate: Candidate, outliers: bool) -> tuple[int, int]:
-    names = ("huber", "log", "loss") if outliers else ("log", "loss", "huber")
+def _preference(candidate: Candidate, with_outliers: bool) -> tuple[int, int]:
+    names = ("huber", "log", "loss") if with_outliers else ("log", "loss", "huber")
     known = candidate.objective.name.partition(":")[0]
     return len(candidate.law.parameters), names.index(known) if known in names else len(names)

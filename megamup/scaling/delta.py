@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from scipy.stats import norm
 
 from megamup.scaling.fit import Fit, as_inputs, linearised
 from megamup.scaling.laws.base import FloatArray, IntArray, Quantity
 
 LEVEL = 0.95
+
+OUTLIER = 6.0
+"""A residual beyond so many robust standard deviations is no Gaussian's: one in a billion."""
 
 Targets = Callable[[FloatArray, IntArray], tuple[FloatArray, FloatArray]]
 """(θ (s, p), which target each is for (s,)) -> its value (s,) and gradient by θ (s, p)."""
@@ -39,17 +42,31 @@ def no_interval_reason(fit: Fit) -> str | None:
     )
 
 
-def noise_std(fit: Fit) -> float:
-    """Standard deviation of one run, in the objective's scale.
+def outliers(fit: Fit) -> NDArray[np.bool_]:
+    """Points (n,) beyond `OUTLIER` robust standard deviations of the fit, under Huber's loss; none under least squares.
 
-    Least squares: that of the residuals. Huber's loss is for residuals with outliers, whose standard deviation says
-    nothing of the rest: 1.96 of what is given here hold 95% of the residuals (their conformal quantile).
+    Huber's loss is for them: they hardly move the law, and neither noise nor backtest counts them. Points that the fit
+    interpolates say nothing of how large residuals are, and are left out of the median.
     """
-    residual = np.abs(fit.residuals) * np.sqrt(len(fit.loss) / max(len(fit.loss) - len(fit.law.parameters), 1))
+    size = np.abs(fit.residuals)
+    own = np.sort(size)[len(fit.law.parameters) :]
+    if fit.objective.delta is None or len(own) < len(fit.law.parameters) + 1:
+        return np.zeros(len(size), dtype=bool)
+    return np.asarray(size > OUTLIER * 1.4826 * max(float(np.median(own)), 1e-9))
+
+
+def noise_std(fit: Fit) -> float:
+    """Standard deviation of one run that is no outlier, in the objective's scale.
+
+    Least squares: that of the residuals. Under Huber's loss, whose residuals have long tails: 1.96 of what is given
+    hold 95% of the residuals (their conformal quantile).
+    """
+    size = np.abs(fit.residuals)[~outliers(fit)]
+    size = size * np.sqrt(len(size) / max(len(size) - len(fit.law.parameters), 1))
     if fit.objective.delta is None:
-        return float(np.sqrt(np.mean(residual**2)))
-    rank = min(int(np.ceil(LEVEL * (len(residual) + 1))), len(residual))
-    return float(np.sort(residual)[rank - 1] / norm.ppf((1 + LEVEL) / 2))
+        return float(np.sqrt(np.mean(size**2)))
+    rank = min(int(np.ceil(LEVEL * (len(size) + 1))), len(size))
+    return float(np.sort(size)[rank - 1] / norm.ppf((1 + LEVEL) / 2))
 
 
 def delta_std(fit: Fit, inputs: ArrayLike) -> FloatArray:

@@ -21,7 +21,7 @@ CONVENTION = {"flops": "6N", "parameters": "total", "loss": "valid"}
 
 def loss_of(n: float, d: float) -> float:
     """Hoffmann et al. 2022, approach 3."""
-    return 1.69 + 406.4 / n**0.34 + 410.7 / d**0.28
+    return float(1.69 + 406.4 / n**0.34 + 410.7 / d**0.28)
 
 
 def ladder(sizes: Sequence[float], tokens: Sequence[float], noise: float = 0.001) -> Ladder:

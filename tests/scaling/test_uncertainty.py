@@ -220,12 +220,15 @@ def test_methods_agree_where_the_region_is_an_ellipse(method: str) -> None:
         strict=True,
     ):
         assert value == same
-        assert np.log(above / below) == pytest.approx(np.log(high / low), rel=0.25)
+        ends = np.array([low, high, below, above], dtype=np.float64)
+        assert np.log(ends[3] / ends[2]) == pytest.approx(np.log(ends[1] / ends[0]), rel=0.25)
 
 
 def test_bootstrap_is_of_runs_and_repeats_with_its_seed() -> None:
     fit = spread_runs(40)
-    curves = fit_law(CHINCHILLA, np.repeat(fit.inputs, 5, axis=0), np.repeat(fit.loss, 5), runs=np.repeat(range(40), 5))
+    curves = fit_law(
+        CHINCHILLA, np.repeat(fit.inputs, 5, axis=0), np.repeat(fit.loss, 5), runs=np.repeat(np.arange(40), 5).tolist()
+    )
     np.testing.assert_array_equal(bootstrap(fit, 20, seed=1), bootstrap(fit, 20, seed=1))
     # Five equal points of each run are no more evidence than one.
     np.testing.assert_allclose(bootstrap(curves, 20, seed=1), bootstrap(fit, 20, seed=1), rtol=1e-4, atol=1e-4)
@@ -235,7 +238,9 @@ def test_points_of_one_curve_are_no_independent_evidence() -> None:
     """With every run given five times the interval is that of the runs, not one that is √5 times shorter."""
     fit = noisy_fit(0, np.logspace(0, 3, 12))
     runs = np.repeat(np.arange(12), 5)
-    curves = fit_law(POWER, np.repeat(fit.inputs, 5, axis=0), np.repeat(fit.loss, 5), objective="loss", runs=runs)
+    curves = fit_law(
+        POWER, np.repeat(fit.inputs, 5, axis=0), np.repeat(fit.loss, 5), objective="loss", runs=runs.tolist()
+    )
     one, five = predict(fit, [1e4]), predict(curves, [1e4])
     assert five.high - five.low == pytest.approx(one.high - one.low, rel=0.25)
 

@@ -32,9 +32,9 @@ from megamup.scaling.curve_fit import (
     schedule_json,
 )
 from megamup.scaling.design import propose, run_flops
-from megamup.scaling.estimate import Estimate, beyond, estimate, flops_of
+from megamup.scaling.estimate import Estimate, answers, beyond, estimate, flops_of
 from megamup.scaling.fit_file import load_result, provenance, save_result, to_json
-from megamup.scaling.laws import LAWS, POWER_INPUTS, REDUCTIONS, FloatArray
+from megamup.scaling.laws import NAMES, POWER_INPUTS, REDUCTIONS, FloatArray
 from megamup.scaling.mfu import as_json, lost_rows, notes, table_rows, utilisations
 from megamup.scaling.objective import OBJECTIVES
 from megamup.scaling.readers.columns import parse_pairs
@@ -85,7 +85,12 @@ def _predict(arguments: argparse.Namespace) -> None:
     at = _numbers(arguments.at, "--at", "C=1e15")
     if arguments.intervals:
         result = replace(result, method=arguments.intervals)
-    found = estimate(result, at)
+    found = [
+        one
+        for each in (result, *result.companions)
+        if each is result or answers(each, at)
+        for one in estimate(each, at)
+    ]
     times = beyond(result, at)
     if arguments.json:
         _print_json(_prediction_json(result, at, found, times))
@@ -265,8 +270,7 @@ def _parser() -> argparse.ArgumentParser:
         "--law",
         required=True,
         metavar="LAW[,LAW...]",
-        help=f"{', '.join([*LAWS, *(name for name in REDUCTIONS if name not in LAWS)])}; several, or auto: the one "
-        "whose error on larger runs held out is least",
+        help=f"{', '.join(NAMES)}; several, or auto: the one whose error on larger runs held out is least",
     )
     fit.add_argument("--x", choices=POWER_INPUTS, help="what the law power is in (default C where known, else N, D)")
     add_run_arguments(fit)
@@ -313,9 +317,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--fit", required=True, nargs="+", type=Path, metavar="fit.json", help="one law or several")
     report.add_argument("--holdout", nargs="+", type=Path, default=[], metavar="RUN_DIR", help="runs not fitted")
     report.add_argument("--at", metavar="N=1e9,D=2e10", help="a target to mark and to predict")
-    report.add_argument(
-        "--budgets", nargs="+", default=[], metavar="1e22", help="FLOPs to allocate to N* and D*"
-    )
+    report.add_argument("--budgets", nargs="+", default=[], metavar="1e22", help="FLOPs to allocate to N* and D*")
     report.add_argument("--cluster", metavar="devices=512,peak=989e12,mfu=40,price=2.5", help="for days and cost")
     report.add_argument("--output", required=True, type=Path, metavar="report.html")
     report.add_argument("--figures", type=Path, metavar="DIR", help="write every figure as PNG and SVG too")

@@ -15,6 +15,10 @@ from megamup.scaling.runs import Ladder
 from megamup.scaling.uncertainty import no_interval_reason, quantity_intervals
 
 
+OPTIMUM = {"N": "N_opt", "D": "D_opt"}
+"""What a law whose response is N or D gives."""
+
+
 @dataclass(frozen=True)
 class Estimate:
     """One quantity; ends are None where the points set none."""
@@ -47,11 +51,16 @@ def estimate(result: Result, at: Mapping[str, float]) -> list[Estimate]:
         )
     intervals = quantity_intervals(result.fit, quantities, method=result.method)
     found = [Estimate(name, *ends, new_run=False) for name, ends in intervals.items()]
-    optimum = {"N": "N_opt", "D": "D_opt"}
-    if law.response == "L" and "L" in quantities and {optimum.get(key) for key in law.inputs} <= set(quantities):
-        best = [intervals[optimum[key]][0] for key in law.inputs]
+    if law.response == "L" and "L" in quantities and {OPTIMUM.get(key) for key in law.inputs} <= set(quantities):
+        best = [intervals[OPTIMUM[key]][0] for key in law.inputs]
         found = [_response(result, "L", best), *(e for e in found if e.name != "L")]
     return found
+
+
+def answers(result: Result, at: Mapping[str, float]) -> bool:
+    """Whether the law can do something with these keys."""
+    given = _with_flops(result, at)
+    return set(given) == set(result.law.inputs) or bool(result.law.quantities(given))
 
 
 def flops_per_product(result: Result) -> float:
@@ -91,7 +100,7 @@ def _response(result: Result, name: str, inputs: list[float]) -> Estimate:
     prediction = result.predict(np.array([inputs]))
     known = no_interval_reason(result.fit) is None
     low, high = (float(end[0]) if known else None for end in (prediction.low, prediction.high))
-    return Estimate(name, float(prediction.loss[0]), low, high, new_run=True)
+    return Estimate(OPTIMUM.get(name, name), float(prediction.loss[0]), low, high, new_run=True)
 
 
 def _elsewhere(result: Result) -> str:

@@ -27,7 +27,7 @@ from megamup.scaling.laws.kaplan import (
 from megamup.scaling.laws.loss import CHINCHILLA, OVERTRAINING, power
 from megamup.scaling.laws.repeated import DATA_CONSTRAINED
 
-__all__ = ["LAWS", "POWER_INPUTS", "REDUCTIONS", "FloatArray", "Law", "Reduction", "get_law"]
+__all__ = ["LAWS", "NAMES", "POWER_INPUTS", "REDUCTIONS", "FloatArray", "Law", "Reduction", "get_law"]
 
 POWER_INPUTS = ("C", "N", "D", "S")
 """What `power` may be a law of."""
@@ -100,6 +100,10 @@ REDUCTIONS = {
 """By the name that users write. Laws that aren't fitted to the runs' own points come with one."""
 
 
+NAMES = tuple(dict.fromkeys([*LAWS, *REDUCTIONS]))
+"""All that users may write."""
+
+
 def get_law(name: str, x: str | None = None) -> Law:
     """The law called `name`; `x` is the input of `power`.
 
@@ -112,12 +116,12 @@ def get_law(name: str, x: str | None = None) -> Law:
             raise MegamupError(f"x: {wanted!r} is unknown; expected one of {', '.join(POWER_INPUTS)}")
         return power(wanted)
     if name not in LAWS:
-        close = difflib.get_close_matches(name, [*LAWS, *REDUCTIONS], n=1)
+        close = difflib.get_close_matches(name, NAMES, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         if name in REDUCTIONS:
             laws = ", ".join(law.name for law in REDUCTIONS[name].laws)
             raise MegamupError(f"law: {name!r} is no single law; expected one of those that it fits: {laws}")
-        raise MegamupError(f"law: {name!r} is unknown; expected one of {', '.join([*LAWS, *REDUCTIONS])}{hint}")
+        raise MegamupError(f"law: {name!r} is unknown; expected one of {', '.join(NAMES)}{hint}")
     law = LAWS[name]
     if x is not None and (x,) != law.inputs:
         raise MegamupError(f"x: {x!r}: the law {name} is one of {', '.join(law.inputs)}; expected no x, or that")

@@ -306,3 +306,6 @@ class Log(Section):
     wandb: bool = False
     """Copy metrics to Weights & Biases; offline without a key."""
     tensorboard: bool = False
+    forecast: str | None = None
+    """A fit file (``tools/scaling.py fit --output``): the run says its predicted final loss, and warns when its
+    training loss leaves the band that the fitted runs' curves predict. It changes nothing in the training."""

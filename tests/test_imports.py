@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "kernels": TABLE,
     "data": {"errors", "files", "config"},
     "models": MODELS,
-    "train": TRAIN,
+    "train": TRAIN | {"scaling"},
     "convert": TABLE,
     "sweep": TOP,
     "experiments": TOP,

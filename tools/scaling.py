@@ -85,12 +85,8 @@ def _predict(arguments: argparse.Namespace) -> None:
     at = _numbers(arguments.at, "--at", "C=1e15")
     if arguments.intervals:
         result = replace(result, method=arguments.intervals)
-    found = [
-        one
-        for each in (result, *result.companions)
-        if each is result or answers(each, at)
-        for one in estimate(each, at)
-    ]
+    others = [each for each in result.companions if answers(each, at)]
+    found = [one for each in (result, *others) for one in estimate(each, at)]
     times = beyond(result, at)
     if arguments.json:
         _print_json(_prediction_json(result, at, found, times))

@@ -11,7 +11,7 @@ from megamup.errors import MegamupError
 from megamup.scaling.backtest import Backtest, backtest
 from megamup.scaling.choice import CANDIDATES, Choice, choose
 from megamup.scaling.curve_backtest import CurveEvidence
-from megamup.scaling.curve_table import CurveTable
+from megamup.scaling.curve_table import CurveTable, curve_table
 from megamup.scaling.delta import outliers
 from megamup.scaling.fit import Data, Fit, check_enough, fit_law, warnings_of
 from megamup.scaling.identifiability import check, check_fit
@@ -227,6 +227,7 @@ def analyse(
         provenance=provenance or {},
         seed=seed,
         method=method,
+        curves=curve_table(ladder) if fit.law.response == "L" else None,
     )
 
 

@@ -1,6 +1,6 @@
 """Training losses of a ladder at the same shares of training, which a fit file keeps: what a predicted band is made of.
 
-muScaling predicts the loss of a larger model at any step, not the last alone (Yao et al. 2023, nanoLM, arXiv:2304.06875):
+muScaling predicts the loss of a larger model at any step, not the last alone (Yao et al. 2023, arXiv:2304.06875):
 runs of one schedule are compared at the same share of it. A trainer on a cluster doesn't see the ladder's folders, so
 these losses travel in the fit file.
 """

@@ -14,7 +14,6 @@ from megamup.scaling.laws.frontier import FLOPS_PER_PARAMETER_AND_TOKEN
 from megamup.scaling.runs import Ladder
 from megamup.scaling.uncertainty import no_interval_reason, quantity_intervals
 
-
 OPTIMUM = {"N": "N_opt", "D": "D_opt"}
 """What a law whose response is N or D gives."""
 

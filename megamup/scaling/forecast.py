@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 from scipy.stats import norm
@@ -56,6 +56,19 @@ class Forecast:
         """The metric of the trainer that it is of."""
         own = self.meaning.split(" ")[0]
         return own if own in LOSSES else "valid_loss"
+
+    def as_json(self) -> dict[str, Any]:
+        """Loss, interval, and what they are of."""
+        return {
+            "law": self.result.law.name,
+            "at": self.inputs,
+            "loss": self.loss,
+            "low": self.low,
+            "high": self.high,
+            "loss_kind": self.meaning,
+            "over_largest_run": self.over_largest,
+            "warnings": list(self.warnings),
+        }
 
     def __str__(self) -> str:
         name = self.meaning if self.meaning.startswith(AS_IN) else self.measured

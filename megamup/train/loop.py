@@ -22,6 +22,7 @@ from megamup.train import checkpoint, distributed, run_folder
 from megamup.train.engine import Engine, build_engine, weigh
 from megamup.train.metrics import Recorder, peak_flops
 from megamup.train.monitor import Monitor
+from megamup.train.outlook import Outlook, read_outlook
 from megamup.train.schedule import lr_factor
 
 
@@ -56,6 +57,7 @@ def train(config: Config) -> dict[str, float]:
     world_size = distributed.world_size()
     micro_batches(config, world_size)
     table(config)
+    read_outlook(config)  # a wrong file now, not once the ranks have met
     data = open_run_data(config)
     resumed = run_folder.resume_point(config, world_size, consumed.record(config, data))
     consumed.check_files(config.run.folder, data)
@@ -185,9 +187,20 @@ def start(config: Config, world_size: int, resumed: tuple[int, Path] | None) -> 
         if resumed:
             print(f"resuming from {resumed[1]}", flush=True)
         print("\n".join(data.summary(config.train.steps * config.batch.global_sequences)), flush=True)
-    recorder = Recorder(config, peak["peak_flops"], step, first, device)
+    recorder = Recorder(config, peak["peak_flops"], step, first, device, outlook(config) if first else None)
     monitor = Monitor(config, mesh, engine, device)
     return Training(config, mesh, device, engine, data, train_data, valid_data, recorder, monitor)
+
+
+def outlook(config: Config) -> Outlook | None:
+    """What ``log.forecast`` predicts of the run, said on the console."""
+    forecast = read_outlook(config)
+    if forecast is None:
+        return None
+    found = Outlook(config, forecast)
+    found.replay(config.run.folder / "metrics.jsonl")
+    print("\n".join(found.lines), flush=True)
+    return found
 
 
 def already_done(config: Config, path: Path) -> dict[str, float]:

@@ -18,6 +18,7 @@ from megamup.config import Config
 from megamup.errors import OneRankError
 from megamup.flops import flops_per_token, known_peak, mfu_percent
 from megamup.train.copies import Copies
+from megamup.train.outlook import Outlook
 
 PauseCause = Literal["evaluation", "saving"]
 
@@ -60,7 +61,16 @@ def memory_peak_gib(device: torch.device) -> float:
 class Recorder:
     """Writes what rank 0 knows of each logged step. On other ranks every method does nothing."""
 
-    def __init__(self, config: Config, peak: float, start_step: int, writes: bool, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: Config,
+        peak: float,
+        start_step: int,
+        writes: bool,
+        device: torch.device,
+        outlook: Outlook | None = None,
+    ) -> None:
+        self.outlook = outlook
         self.config, self.peak, self.writes, self.device = config, peak, writes, device
         self.last_step, self.last_time = start_step, time.perf_counter()
         self.paused: dict[str, float] = {}
@@ -100,8 +110,17 @@ class Recorder:
             **{f"{cause}_s": seconds for cause, seconds in self.paused.items()},
         }
         self.paused.clear()
+        if self.outlook is not None:
+            record |= self.outlook.watch(record)
         self.write(record)
+        if self.outlook is not None and step == self.config.train.steps:
+            self.end(self.outlook.verdict(record))
         return record
+
+    def end(self, verdict: str | None) -> None:
+        """Say how the forecast came out, below the bar."""
+        if verdict:
+            self.bar.write(verdict) if not self.bar.disable else print(verdict, flush=True)
 
     def write(self, record: dict[str, float]) -> None:
         """One line to the file, and copies of it. Raises OneRankError where the file can't be written."""
@@ -123,6 +142,8 @@ class Recorder:
         shown["mfu"] = f"{record['mfu_percent']:.3g}%"
         if "valid_loss" in record:
             shown["valid"] = f"{record['valid_loss']:.4f}"
+        if self.outlook is not None:
+            shown["predicted final"] = f"{self.outlook.forecast.loss:.4f}"
         if not self.bar.disable:
             self.bar.set_postfix(shown, refresh=False)
             self.bar.update(int(record["step"]) - self.bar.n)

@@ -12,6 +12,10 @@ import pytest
 from megamup.cli import load_program
 from megamup.config import config_from, dump_config, load_config
 from megamup.plan import stage_parameters, table_lines
+from megamup.scaling.analysis import Result, analyse
+from megamup.scaling.fit_file import save_result
+from megamup.scaling.laws.loss import power
+from megamup.scaling.runs import Ladder, Point
 
 ROOT = Path(__file__).resolve().parents[1]
 # Of a block: query and output 64·64, key and value 32·64, gate, up and down 64·160, two norms. 512 tokens a step.
@@ -129,6 +133,7 @@ def test_one_layer_is_one_block_in_the_table() -> None:
         (["batch.global_sequences=3", "--ranks", "2"], "batch.global_sequences=3"),
         (["deepspeed=absent.json"], "deepspeed=absent.json: no such file"),
         (["mup.base.batch_tokens=16"], "optim.betas"),
+        (["--fit", "absent.json"], "--fit: absent.json is no file"),
     ],
 )
 def test_an_error_is_a_line_and_exit_2(
@@ -139,6 +144,34 @@ def test_an_error_is_a_line_and_exit_2(
     assert captured.err.startswith("error: ")
     assert part in captured.err
     assert captured.out == ""
+
+
+def fitted() -> Result:
+    """L = 2 + 10·N^-0.2 through eight sizes below the config's, with 0.1% of noise."""
+    sizes = [(TOTAL - 2 * TABLE) / 2**k for k in range(8, 0, -1)]
+    noise = [1, -1, -1, 1, 1, 1, -1, -1]
+    points = [
+        Point(f"n{n:.0f}", {"N": n}, (2 + 10 * n**-0.2) * (1 + 0.001 * e)) for n, e in zip(sizes, noise, strict=True)
+    ]
+    convention = {"parameters": "non_embedding", "flops": "6N", "loss": "valid_loss at the final step"}
+    return analyse(Ladder(tuple(points), convention), [power("N")])
+
+
+def test_a_fit_tells_the_final_loss(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "fit.json"
+    save_result(fitted(), path)
+    plain, found = planned(capsys, config_file), planned(capsys, config_file, "--fit", path)
+    predicted = found.pop("predicted")
+    assert found == plain
+    truth = 2 + 10 * (TOTAL - 2 * TABLE) ** -0.2
+    assert predicted["at"] == {"N": TOTAL - 2 * TABLE}
+    assert predicted["loss"] == pytest.approx(truth, rel=0.005)
+    assert predicted["low"] < truth < predicted["high"]
+    assert predicted["over_largest_run"] == pytest.approx(2)
+    assert tool().main([str(config_file), "--fit", str(path)]) == 0
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.startswith(f"predicted final valid_loss {predicted['loss']:.4g} (")
+    assert said.endswith("2 times the largest fitted run")
 
 
 def test_overrides_follow_the_files(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,12 +24,14 @@ from megamup.scaling.estimate import beyond, estimate
 from megamup.scaling.fit import fit_law
 from megamup.scaling.fit_file import load_result
 from megamup.scaling.readers.conventions import AS_IN, EXACT, PARAMETER_COUNTS
-from megamup.scaling.runs import LOSSES, Ladder
+from megamup.scaling.runs import LOSSES, Ladder, Reading
 from megamup.scaling.uncertainty import LEVEL, no_interval_reason, predict
 
 INPUTS = ({"N", "D"}, {"N"}, {"D"}, {"C"})
 """What a law of the loss may take: a config tells these before a run has started."""
 STARTS = 8
+OPEN = 20.0
+"""Log of the factor at which an end lies that the points leave open."""
 UNLIKE = 1.25
 """A run whose D (or N) lies by more than this factor off what the fitted ones had at its size is of another kind."""
 
@@ -50,6 +52,12 @@ class Forecast:
     over_largest: float | None
     """How many times the largest fitted run this one is; None where that isn't known."""
     warnings: tuple[str, ...]
+
+    @property
+    def smoothing(self) -> Smoothing:
+        """How the fit smoothed the loss that it is of."""
+        text = self.result.ladder.convention.get("reading")
+        return Smoothing("none") if text is None else Reading.from_text(text).smooth
 
     @property
     def measured(self) -> str:
@@ -215,7 +223,7 @@ def band(forecast: Forecast, config: Config) -> Band:
         found = predict(at_share, [list(forecast.inputs.values())]).widened(result.backtest.inflation)
         loss, low, high = (float(value[0]) for value in (found.loss, found.low, found.high))
         own = float(norm.ppf((1 + LEVEL) / 2)) * noise[k] / loss
-        down, up = math.hypot(math.log(loss / low), own), math.hypot(math.log(high / loss), own)
+        down, up = math.hypot(_log_ratio(loss, low), own), math.hypot(_log_ratio(high, loss), own)
         ends.append((loss, loss * math.exp(-down), loss * math.exp(up)))
     loss_at, low_at, high_at = np.array(ends).T
     return Band(fraction[later], loss_at, low_at, high_at, smoothing)
@@ -233,6 +241,11 @@ def _comparable(forecast: Forecast, config: Config) -> CurveTable:
         theirs = "differing or unknown schedules" if table.schedule is None else _words(table.schedule)
         raise MegamupError(f"the fitted runs have {theirs}, this one {_words(own or {})}: curves of one shape compare")
     return table
+
+
+def _log_ratio(above: float, below: float) -> float:
+    """log(above / below); `OPEN` where an end is 0 or infinite: a number, so that bands can be interpolated."""
+    return min(math.log(above / below), OPEN) if below > 0 else OPEN
 
 
 def _words(schedule: dict[str, str | float]) -> str:

@@ -8,10 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from megamup.config import Config
 from megamup.errors import MegamupError
 
 if TYPE_CHECKING:
+    from megamup.scaling.curves import Smoothing
     from megamup.scaling.forecast import Band, Forecast
 
 PATIENCE = 3
@@ -31,10 +34,30 @@ def read_outlook(config: Config) -> Forecast | None:
     return read_forecast(Path(config.log.forecast), config, "log.forecast")
 
 
+class Average:
+    """`scaling.curves.smoothed`, a record at a time."""
+
+    def __init__(self, smoothing: Smoothing) -> None:
+        self.smoothing = smoothing
+        self.total = self.weight = self.tokens = 0.0
+
+    def add(self, tokens: float, loss: float) -> float:
+        """Take in the loss of the record at `tokens`; the average so far."""
+        decay = float(self.smoothing.decay(np.array([self.tokens or tokens, tokens]))[1])
+        self.total, self.weight = self.total * decay + loss, self.weight * decay + 1
+        self.tokens = tokens
+        return self.value
+
+    @property
+    def value(self) -> float:
+        return self.total / self.weight
+
+
 class Outlook:
     """The forecast of a run, held against its smoothed training loss. Warns, and never stops anything."""
 
     def __init__(self, config: Config, forecast: Forecast) -> None:
+        from megamup.scaling.curves import Smoothing
         from megamup.scaling.forecast import band
 
         self.config, self.forecast = config, forecast
@@ -44,18 +67,19 @@ class Outlook:
             self.band = band(forecast, config)
         except MegamupError as error:
             self.lines.append(f"no band of the training loss: {error}")
-        self.total = self.weight = self.tokens = 0.0
+        self.average = Average(Smoothing("none") if self.band is None else self.band.smoothing)
+        self.final = Average(forecast.smoothing)
         self.outside = 0
 
     def replay(self, path: Path) -> None:
         """Take in what a resumed run has logged: the average goes on where it was."""
         if path.is_file():
             for line in path.read_text(encoding="utf-8").splitlines():
-                self._smoothed(json.loads(line))
+                self._take_in(json.loads(line))
 
     def watch(self, record: Mapping[str, Any]) -> dict[str, float]:
         """What the record gains: ``predicted_loss``, the band's middle; ``outside_band`` where the run is outside."""
-        smoothed = self._smoothed(record)
+        smoothed = self._take_in(record)
         expected = self.band.at(record["step"] / self.config.train.steps) if self.band is not None else None
         if expected is None:
             return {}
@@ -67,7 +91,8 @@ class Outlook:
 
     def verdict(self, record: Mapping[str, Any]) -> str | None:
         """The last record's loss beside the predicted one; None where it lacks the loss that the law is of."""
-        measured = record.get(self.forecast.measured)
+        # One batch's training loss is no measurement: a fit to training losses is of their average.
+        measured = self.final.value if self.forecast.measured == "loss" else record.get(self.forecast.measured)
         if measured is None:
             return None
         error = 100 * (self.forecast.loss / measured - 1)
@@ -77,18 +102,11 @@ class Outlook:
             f"measured final {self.forecast.measured} {measured:.4g}, predicted {self.forecast}: {error:+.2f}%, {where}"
         )
 
-    def _smoothed(self, record: Mapping[str, Any]) -> float:
-        """The debiased average of the training loss after this record, as the band's own losses were smoothed."""
-        import numpy as np
-
-        if self.band is None or "loss" not in record:
-            return float("nan")
-        tokens = float(record["tokens"])
-        decay = float(self.band.smoothing.decay(np.array([self.tokens or tokens, tokens]))[1])
-        self.total = self.total * decay + float(record["loss"])
-        self.weight = self.weight * decay + 1
-        self.tokens = tokens
-        return self.total / self.weight
+    def _take_in(self, record: Mapping[str, Any]) -> float:
+        """The average of the training loss after this record, smoothed as the band's own losses were."""
+        tokens, loss = float(record["tokens"]), float(record["loss"])
+        self.final.add(tokens, loss)
+        return self.average.add(tokens, loss)
 
     def _tell(self, inside: bool, what: str) -> None:
         """One warning when the run has left the band for good, one line when it is back."""

@@ -9,6 +9,7 @@ from megamup.scaling.analysis import Result
 from megamup.scaling.figures.drawing import Drawing, add_legend, name_axes, new_figure, plain
 from megamup.scaling.uncertainty import LEVEL
 
+NARROW = 5.0
 LARGEST_NEEDED = 100.0
 """Factors beyond, and those of intervals without width, are drawn here."""
 
@@ -39,7 +40,11 @@ def backtest_drawing(result: Result, prefix: str) -> Drawing | None:
         label="95% interval, not widened",
     )
     for axes, values in ((left, error), (right, np.clip(needed, 1e-2, LARGEST_NEEDED))):
-        axes.set_xscale("log")
+        if distance.max() > NARROW * distance.min():  # a log axis of less has ticks that run into each other
+            axes.set_xscale("log")
+        else:
+            axes.xaxis.get_major_formatter().set_useOffset(False)  # type: ignore[attr-defined]
+            axes.locator_params(axis="x", nbins=4)
         axes.plot(distance[~outside], values[~outside], "o", color=FITTED, ms=5, label="inside")
         axes.plot(distance[outside], values[outside], "D", color=HELD, ms=5.5, label="outside")
     right.set_yscale("log")

@@ -18,6 +18,7 @@ from megamup.scaling.runs import Ladder, Point
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 SIZE = (8.4, 4.2)  # inches
@@ -25,6 +26,12 @@ SMALL = 8.5  # points
 RESOLUTION = 160  # dots per inch, of PNG files
 LEGEND_INSIDE = 4
 """More entries go beside the axes, where they hide nothing."""
+
+LOG_STEPS = ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0))
+"""Of a log axis, within a decade: the first that give it enough ticks."""
+FEWEST_TICKS, MOST_DECADES = 3, 5
+PLAIN_FROM, PLAIN_TO = 0.001, 10_000.0
+"""Ticks between are labelled without a power of ten."""
 
 LABELS = {
     "L": "loss (nats per token)",
@@ -76,10 +83,52 @@ def new_figure(columns: int = 1, size: tuple[float, float] = SIZE) -> tuple[Figu
     return figure, panels
 
 
+LABELLED_DECADES = 0.8
+
+
 def name_axes(axes: Axes, x_label: str, y_label: str) -> None:
-    """Labels as they are: a table's column may have a $ in its name."""
+    """Labels as they are: a table's column may have a $ in its name. Named last, when the limits are known."""
+    from matplotlib.ticker import NullFormatter
+
+    if axes.get_xscale() == "log" and np.ptp(np.log10(axes.get_xlim())) > LABELLED_DECADES:
+        axes.xaxis.set_minor_formatter(NullFormatter())  # labels between decades run into each other
     for label, text in ((axes.xaxis.label, x_label), (axes.yaxis.label, y_label)):
         label.set(text=text, color=INK, fontsize=10, parse_math=False)
+
+
+def log_scale(*axes: Axis) -> None:
+    """Log scales whose ticks have room for their labels, also where they span less than a decade."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    class Ticks(LogLocator):
+        """Powers of ten; where these are too few, steps between them, in the end even ones."""
+
+        def tick_values(self, vmin: float, vmax: float) -> FloatArray:
+            low, high = sorted((vmin, vmax))
+            for subs in LOG_STEPS if high < 10**MOST_DECADES * low else ():
+                found = np.asarray(LogLocator(subs=subs).tick_values(low, high))
+                inside = found[(low <= found) & (found <= high)]
+                if len(inside) >= FEWEST_TICKS:
+                    return inside
+            wide = high >= 10**MOST_DECADES * low
+            return np.asarray((super() if wide else MaxNLocator(FEWEST_TICKS)).tick_values(low, high))
+
+    for axis in axes:
+        axis._set_axes_scale("log")  # type: ignore[attr-defined]
+        axis.set_major_locator(Ticks())
+        axis.set_major_formatter(FuncFormatter(lambda value, _: log_label(value)))
+        axis.set_minor_formatter(NullFormatter())
+
+
+def log_label(value: float) -> str:
+    """A tick's label: 20, 10^12 or 5·10^12, in mathtext where a power is in it."""
+    if value <= 0:
+        return ""
+    if PLAIN_FROM <= value < PLAIN_TO:
+        return f"{value:.4g}"
+    digits, power = f"{value:.3e}".split("e")
+    factor = float(digits)
+    return rf"$\mathdefault{{{'' if factor == 1 else f'{factor:g}·'}10^{{{int(power)}}}}}$"
 
 
 def add_legend(axes: Axes, *, below: bool = False) -> None:
@@ -154,6 +203,7 @@ def save_figures(drawings: Sequence[Drawing], folder: Path) -> list[Path]:
     written = []
     for drawing in drawings:
         FigureCanvasAgg(drawing.figure)
+        drawing.figure.patch.set_alpha(1)  # a page gives its own ground, a file has none
         for suffix in (".png", ".svg"):
             path = folder / f"{drawing.name}{suffix}"
             drawing.figure.savefig(path, dpi=RESOLUTION, facecolor="white")

@@ -34,8 +34,8 @@ LINE_POINTS, LINE_POINTS_OF_MANY = 60, 24
 BEYOND = 1.5
 """Lines go on so far beyond the points."""
 
-DRAWN_AGAINST = {"critical-batch": ("B",), "annealing": ("step",), "multi-power": ("step",)}
-"""Of laws that hold at certain values of their other input only: levels of loss, numbers of curves."""
+DRAWN_ELSEWHERE = ("critical-batch", "annealing", "multi-power")
+"""Laws that hold at certain values of an input only (levels of loss, curves) and have a figure of their own."""
 
 Columns = dict[str, FloatArray]
 """Quantity -> its value for each of some points."""
@@ -58,6 +58,8 @@ def loss_drawings(result: Result, held: Sequence[Point], prefix: str) -> list[Dr
         held: runs that the fit has not seen, with the law's inputs.
         prefix: of the names.
     """
+    if result.law.name in DRAWN_ELSEWHERE:
+        return []
     everyone = with_held(result, held)
     known = _known(result, inputs_of(everyone, result.law))
     response = response_of(everyone, result.law)
@@ -75,7 +77,7 @@ def _known(result: Result, inputs: FloatArray) -> Columns:
 def _views(result: Result, known: Columns) -> list[_View]:
     law = result.law
     if set(law.inputs) != {"N", "D"}:
-        return [_against(x, law.inputs) for x in DRAWN_AGAINST.get(law.name, law.inputs)]
+        return [_against(x, law.inputs) for x in law.inputs]
     k = flops_per_product(result)
     at_n, at_ratio = ("N",), ("D/N",)
     pairs = [

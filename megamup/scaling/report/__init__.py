@@ -18,6 +18,7 @@ from megamup.scaling.analysis import Result, inputs_of
 from megamup.scaling.estimate import Estimate, estimate
 from megamup.scaling.figures.backtest import backtest_drawing
 from megamup.scaling.figures.batch import critical_batch_drawing
+from megamup.scaling.figures.curve_law import curve_law_drawing
 from megamup.scaling.figures.curves import curves_drawing, envelope_drawing
 from megamup.scaling.figures.drawing import Drawing, plain
 from megamup.scaling.figures.frontier import contour_drawing, has_frontier, optimum_drawing
@@ -131,6 +132,8 @@ def _figures(
     for result, name in zip(laws, names, strict=True):
         for drawing in loss_drawings(result, held if result.law.response == "L" else (), name):
             yield from _shown(drawing)
+        if result.curve_evidence is not None:
+            yield from _shown(curve_law_drawing(result))
     if found.envelope is not None:
         yield from _shown(envelope_drawing(found.envelope, found.smoothed))
     if found.isoflop is not None:
@@ -146,6 +149,9 @@ def _figures(
 def _checks(laws: Sequence[Result], held: Sequence[Point], target: Mapping[str, float] | None) -> Iterable[_Part]:
     """How far each law may be believed: backtest, what was tried, residuals, influence."""
     for result, name in zip(laws, _names(laws), strict=True):
+        if result.curve_evidence is not None:
+            yield _Part(tables.tried_table(result, "what was tried"))
+            continue  # held out by schedule, not by size: in the figure of the curves
         own_held = held if result.law.response == "L" else ()
         prefix = "" if len(laws) == 1 else f"{result.law.formula}: "
         yield from _shown(_prefixed(backtest_drawing(result, name), prefix))

@@ -273,7 +273,8 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument(
         "--objective",
         default=AUTO,
-        help=f"what is least: {', '.join(OBJECTIVES)}, huber:DELTA, or auto (default): by held-out error",
+        help=f"what is least: {', '.join(OBJECTIVES)}, huber:DELTA, published (as the law's source did), or auto "
+        "(default): by held-out error",
     )
     fit.add_argument("--seed", type=int, default=0, help="of the random starts (default 0)")
     fit.add_argument("--intervals", choices=METHODS, default=METHODS[0], help="how they are found (default profile)")

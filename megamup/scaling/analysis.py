@@ -23,7 +23,7 @@ from megamup.scaling.reduction import Curves, reduce_runs
 from megamup.scaling.runs import Ladder
 from megamup.scaling.uncertainty import Interval, Prediction, no_interval_reason, parameter_intervals, predict
 
-AUTO = "auto"
+AUTO, PUBLISHED = "auto", "published"
 MOST_NAMES = 8
 
 OF_THE_DATA_SET = ("kaplan-d", "kaplan-nd")
@@ -185,7 +185,7 @@ def analyse(
     Args:
         laws: one, or several to choose from; all of the same response.
         method: how intervals are found, one of `uncertainty.METHODS`.
-        objective: a name that `get_objective` knows, or ``auto``.
+        objective: a name that `get_objective` knows, ``published`` (as the law's source fitted), or ``auto``.
 
     Raises:
         MegamupError: points that don't determine the law, with what to add.
@@ -200,7 +200,7 @@ def analyse(
         check(bound, data)
         prepared.append((bound, data, sizes_of(ladder, law)))
     names = [point.name for point in ladder.points]
-    choice = choose(prepared, CANDIDATES if objective == AUTO else (objective,), names)
+    choice = choose(prepared, _objectives(objective, laws), names)
     chosen = choice.chosen
     (data,) = (data for law, data, _ in prepared if law is chosen.law)
     fit = fit_law(
@@ -229,6 +229,15 @@ def analyse(
         method=method,
         curves=curve_table(ladder) if fit.law.response == "L" else None,
     )
+
+
+def _objectives(wanted: str, laws: Sequence[Law]) -> tuple[str, ...]:
+    if wanted != PUBLISHED:
+        return CANDIDATES if wanted == AUTO else (wanted,)
+    if len({law.published_objective for law in laws}) > 1:
+        names = ", ".join(f"{law.name}: {law.published_objective}" for law in laws)
+        raise MegamupError(f"--objective {PUBLISHED}: the laws have different ones ({names}); expected one law")
+    return (laws[0].published_objective,)
 
 
 def analyse_reduced(

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from megamup.errors import MegamupError
-from megamup.scaling.laws.base import FloatArray, IntArray, Law, separable
+from megamup.scaling.laws.base import FloatArray, IntArray, Law, SumOfPowers
 from megamup.scaling.objective import OBJECTIVES, Objective, get_objective
 from megamup.scaling.projection import Projected
 from megamup.scaling.solver import Problem, minimise
@@ -180,9 +180,8 @@ def search(
     law: Law, data: Data, objective: Objective, begin: FloatArray, weights: FloatArray | None = None
 ) -> tuple[FloatArray, FloatArray]:
     """Follow starts (s, p) to minima of the objective: θ (s, p) and Σ ρ (s,)."""
-    form = separable(law)
-    if form is not None and weights is None:
-        begin = _projected(form, data, objective, begin)
+    if isinstance(law, SumOfPowers) and weights is None:
+        begin = _projected(law, data, objective, begin)
     problem = problem_of(law, data, objective)
     # Resamples start at the optimum, which is near enough.
     path = (1.0,) if objective.delta is None or weights is not None else HUBER_PATH
@@ -213,10 +212,8 @@ def linearised(law: Law, data: Data, objective: Objective, theta: FloatArray) ->
     return residual[0], jacobian[0]
 
 
-def _projected(form: Law, data: Data, objective: Objective, begin: FloatArray) -> FloatArray:
+def _projected(law: SumOfPowers, data: Data, objective: Objective, begin: FloatArray) -> FloatArray:
     """The starts after variable projection under least squares (on relative errors in place of logs)."""
-    law = separable(form)
-    assert law is not None
     reduced = Projected(law, data.log_x, data.response, objective.weights(data.response))
     low, high = law.bounds
     k = len(law.terms)

@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 
 from megamup.errors import MegamupError
-from megamup.scaling.analysis import AUTO, analyse, analyse_reduced, check_names, completed, laws_named, sizes_of
+from megamup.scaling.analysis import (
+    AUTO,
+    analyse,
+    analyse_reduced,
+    check_names,
+    completed,
+    inputs_of,
+    laws_named,
+    sizes_of,
+)
 from megamup.scaling.curves import Curve
 from megamup.scaling.fit_file import load_result, save_result
 from megamup.scaling.laws.loss import CHINCHILLA, power
@@ -136,3 +145,18 @@ def test_a_reduced_result_comes_back_from_its_file(tmp_path: Path) -> None:
 def test_a_reduction_without_enough_left_says_what_was_left_out() -> None:
     with pytest.raises(MegamupError, match=r"isoflop: 0 of .* budgets have an optimum"):
         analyse_reduced("isoflop", completed(ladder([1e7, 1e8], [1e9, 1e10]), {"C"}), no_curves)
+
+
+def test_published_is_the_objective_of_the_laws_source() -> None:
+    assert analyse(GRID, [CHINCHILLA], objective="published").fit.objective.name == "huber"
+    with pytest.raises(MegamupError, match="--objective published: the laws have different ones"):
+        analyse(GRID, laws_named("chinchilla,kaplan-nd", None, GRID), objective="published")
+
+
+def test_kaplans_data_is_the_data_set() -> None:
+    """Points that repeat their data count it once under Kaplan's laws, and as seen under the others."""
+    points = tuple(Point(p.name, p.inputs | {"U": 2e9}, p.loss) for p in GRID.points)
+    repeated = Ladder(points, CONVENTION)
+    (kaplan,) = laws_named("kaplan-nd", None, repeated)
+    assert inputs_of(repeated, kaplan)[:, 1].max() == 2e9
+    assert inputs_of(repeated, CHINCHILLA)[:, 1].max() == pytest.approx(1e11)

@@ -57,12 +57,12 @@ def records(config: Config, losses: list[float]) -> list[dict[str, float]]:
 
 
 def with_curves(result: Result, config: Config) -> Result:
-    """As if each run's training loss had been its final loss from 5% on."""
+    """As if each run's training loss had been half its final loss all along."""
     table = CurveTable(
-        fractions=(0.05, 1.0),
+        fractions=(0.05, 0.4, 1.0),
         smoothing="none",
-        losses=tuple((point.loss, point.loss) for point in result.ladder.points),
-        noise=(0.0, 0.0),
+        losses=tuple((point.loss / 2,) * 3 for point in result.ladder.points),
+        noise=(0.0, 0.0, 0.0),
         token_noise=0.0,
         schedule=schedule_shape({f"schedule.{key}": value for key, value in config.schedule}),
         warmup=0.0,
@@ -89,8 +89,8 @@ def test_a_run_says_its_forecast_and_trains_as_without(
     found = read_metrics(with_forecast)
     assert [r["loss"] for r in found] == [r["loss"] for r in read_metrics(config)]
     later = [r for r in found if r["step"] > config.schedule.warmup_steps]
-    assert [r["predicted_loss"] for r in later] == pytest.approx([5.0] * 4, rel=0.01)
-    assert all(r["outside_band"] for r in later)  # six steps don't reach it
+    assert [r["predicted_loss"] for r in later] == pytest.approx([2.5] * 4, rel=0.01)
+    assert all(r["outside_band"] for r in later)
 
 
 def test_a_fit_without_curves_has_no_band_and_says_so(make_config: MakeConfig) -> None:

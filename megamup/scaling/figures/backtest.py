@@ -6,10 +6,11 @@ import numpy as np
 
 from megamup.page import FITTED, HELD, INK, MUTED
 from megamup.scaling.analysis import Result
-from megamup.scaling.figures.drawing import Drawing, add_legend, name_axes, new_figure, plain
+from megamup.scaling.figures.drawing import Drawing, add_legend, log_range, log_scale, name_axes, new_figure, plain
 from megamup.scaling.uncertainty import LEVEL
 
-NARROW = 5.0
+ROOM = 1.15
+"""A factor of distance, left and right of the points, which may all be at one."""
 LARGEST_NEEDED = 100.0
 """Factors beyond, and those of intervals without width, are drawn here."""
 
@@ -40,19 +41,17 @@ def backtest_drawing(result: Result, prefix: str) -> Drawing | None:
         label="95% interval, not widened",
     )
     for axes, values in ((left, error), (right, np.clip(needed, 1e-2, LARGEST_NEEDED))):
-        if distance.max() > NARROW * distance.min():  # a log axis of less has ticks that run into each other
-            axes.set_xscale("log")
-        else:
-            axes.xaxis.get_major_formatter().set_useOffset(False)  # type: ignore[attr-defined]
-            axes.locator_params(axis="x", nbins=4)
+        log_scale(axes, "x")
         axes.plot(distance[~outside], values[~outside], "o", color=FITTED, ms=5, label="inside")
-        axes.plot(distance[outside], values[outside], "D", color=HELD, ms=5.5, label="outside")
-    right.set_yscale("log")
+        if outside.any():
+            axes.plot(distance[outside], values[outside], "D", color=HELD, ms=5.5, label="outside")
+        axes.set_xlim(log_range(distance, ROOM))
+    log_scale(right, "y")
     right.axhline(1, color=MUTED, lw=1)
     label = f"widening: {test.inflation:.3g}"
     right.axhline(min(test.inflation, LARGEST_NEEDED), color=INK, lw=1.2, ls=(0, (5, 4)), label=label)
     for axes, y in ((left, "measured over predicted, less 1 (%)"), (right, "widening that would have held it")):
-        name_axes(axes, "size over the largest fitted", y)
+        name_axes(axes, "size over that of the largest fitted run", y)
         add_legend(axes, below=True)
     caption = (
         f"Each point is a run predicted from smaller ones only, at {test.folds} cuts. Left: its error, with the "

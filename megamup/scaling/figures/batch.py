@@ -11,7 +11,16 @@ import numpy as np
 from megamup.page import FITTED, HELD, INK
 from megamup.scaling.analysis import Result
 from megamup.scaling.critical_batch import CriticalBatches
-from megamup.scaling.figures.drawing import Drawing, add_legend, axis_label, name_axes, new_figure, plain, shades
+from megamup.scaling.figures.drawing import (
+    Drawing,
+    add_legend,
+    axis_label,
+    log_scale,
+    name_axes,
+    new_figure,
+    plain,
+    shades,
+)
 from megamup.scaling.laws import FloatArray
 from megamup.scaling.laws.base import Quantity
 from megamup.scaling.uncertainty import quantity_intervals
@@ -32,13 +41,12 @@ def critical_batch_drawing(found: CriticalBatches, results: Sequence[Result]) ->
     for result in results:
         if result.law.name in ("critical-batch", "batch-loss"):
             numbers["laws"][result.law.name] = _draw_law(left, result, loss, *next(styles))
-    left.set_yscale("log")
+    log_scale(left, "y")
     left.invert_xaxis()
     name_axes(left, axis_label("L", {}), "B_crit (tokens)")
     add_legend(left, below=True)
     _draw_hyperbolas(right, found)
-    right.set_xscale("log")
-    right.set_yscale("log")
+    log_scale(right, "xy")
     name_axes(right, "steps S", "examples E = B·S (tokens)")
     add_legend(right, below=True)
     caption = (

@@ -10,7 +10,16 @@ import numpy as np
 from megamup.page import FITTED, HELD, INK
 from megamup.scaling.curves import Curve
 from megamup.scaling.envelope import Envelope
-from megamup.scaling.figures.drawing import Drawing, add_legend, axis_label, name_axes, new_figure, plain, shades
+from megamup.scaling.figures.drawing import (
+    Drawing,
+    add_legend,
+    axis_label,
+    log_scale,
+    name_axes,
+    new_figure,
+    plain,
+    shades,
+)
 from megamup.scaling.laws import FloatArray
 from megamup.scaling.runs import Point
 
@@ -29,7 +38,7 @@ def curves_drawing(curves: Sequence[tuple[Point, Curve]], held: Sequence[tuple[P
     if not curves and not held:
         return None
     figure, (axes,) = new_figure()
-    axes.set_xscale("log")
+    log_scale(axes, "x")
     drawn = [
         {"run": point.name, "held_out": False, "tokens": x, "loss": y}
         for point, (x, y) in zip((p for p, _ in curves), _draw_curves(axes, curves, "tokens"), strict=True)
@@ -47,7 +56,7 @@ def curves_drawing(curves: Sequence[tuple[Point, Curve]], held: Sequence[tuple[P
 def envelope_drawing(found: Envelope, curves: Sequence[tuple[Point, Curve]]) -> Drawing:
     """Approach 1: every curve by compute, their lower envelope, and the budgets whose best size lies between others."""
     figure, (axes,) = new_figure()
-    axes.set_xscale("log")
+    log_scale(axes, "x")
     drawn = [
         {"run": point.name, "N": point.inputs["N"], "C": x, "loss": y}
         for (point, _), (x, y) in zip(curves, _draw_curves(axes, curves, "flops"), strict=True)

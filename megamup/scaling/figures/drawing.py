@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -18,7 +18,6 @@ from megamup.scaling.runs import Ladder, Point
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 SIZE = (8.4, 4.2)  # inches
@@ -83,27 +82,20 @@ def new_figure(columns: int = 1, size: tuple[float, float] = SIZE) -> tuple[Figu
     return figure, panels
 
 
-LABELLED_DECADES = 0.8
-
-
 def name_axes(axes: Axes, x_label: str, y_label: str) -> None:
-    """Labels as they are: a table's column may have a $ in its name. Named last, when the limits are known."""
-    from matplotlib.ticker import NullFormatter
-
-    if axes.get_xscale() == "log" and np.ptp(np.log10(axes.get_xlim())) > LABELLED_DECADES:
-        axes.xaxis.set_minor_formatter(NullFormatter())  # labels between decades run into each other
+    """Labels as they are: a table's column may have a $ in its name."""
     for label, text in ((axes.xaxis.label, x_label), (axes.yaxis.label, y_label)):
         label.set(text=text, color=INK, fontsize=10, parse_math=False)
 
 
-def log_scale(*axes: Axis) -> None:
+def log_scale(axes: Axes, which: Literal["x", "y", "xy"]) -> None:
     """Log scales whose ticks have room for their labels, also where they span less than a decade."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     class Ticks(LogLocator):
         """Powers of ten; where these are too few, steps between them, in the end even ones."""
 
-        def tick_values(self, vmin: float, vmax: float) -> FloatArray:
+        def tick_values(self, vmin: float, vmax: float) -> Any:
             low, high = sorted((vmin, vmax))
             for subs in LOG_STEPS if high < 10**MOST_DECADES * low else ():
                 found = np.asarray(LogLocator(subs=subs).tick_values(low, high))
@@ -111,10 +103,11 @@ def log_scale(*axes: Axis) -> None:
                 if len(inside) >= FEWEST_TICKS:
                     return inside
             wide = high >= 10**MOST_DECADES * low
-            return np.asarray((super() if wide else MaxNLocator(FEWEST_TICKS)).tick_values(low, high))
+            return super().tick_values(low, high) if wide else MaxNLocator(FEWEST_TICKS).tick_values(low, high)
 
-    for axis in axes:
-        axis._set_axes_scale("log")  # type: ignore[attr-defined]
+    for key in which:
+        axes.set(**{f"{key}scale": "log"})
+        axis = axes.xaxis if key == "x" else axes.yaxis
         axis.set_major_locator(Ticks())
         axis.set_major_formatter(FuncFormatter(lambda value, _: log_label(value)))
         axis.set_minor_formatter(NullFormatter())

@@ -16,6 +16,7 @@ from megamup.scaling.figures.drawing import (
     add_legend,
     axis_label,
     log_range,
+    log_scale,
     name_axes,
     new_figure,
     plain,
@@ -35,6 +36,8 @@ PUBLISHED = {
     "D": {"Kaplan et al. 2020": 0.27, "Hoffmann et al. 2022": 0.50},
 }
 """Slopes of log N_opt and log D_opt by log C: Kaplan et al., eq. 1.7 and 6.2; Hoffmann et al., table 2."""
+STYLES = ((FITTED, "-"), (INK, (0, (6, 3))), (FITTED, (0, (2, 2))))
+"""Of the laws of N and D."""
 LINE_POINTS = 8
 """Budgets at which the intervals of N_opt are computed."""
 FINE_POINTS = 60
@@ -64,8 +67,7 @@ def optimum_drawing(
     numbers: dict[str, Any] = {"C": flops}
     intervals = [_best_sizes(result, flops) for result in parametric]
     for axes, key in zip(panels, ("N", "D"), strict=True):
-        axes.set_xscale("log")
-        axes.set_yscale("log")
+        log_scale(axes, "xy")
         drawn: dict[str, Any] = {}
         if envelope is not None:
             drawn["approach 1"] = _draw_envelope(axes, envelope, key)
@@ -74,8 +76,9 @@ def optimum_drawing(
         for result in lines:
             if result.law.response == key:
                 drawn[f"{key}_opt = a·C^b"] = _draw_power(axes, result, flops)
-        for result, of_n in zip(parametric, intervals, strict=True):
-            drawn[f"approach 3: {result.law.name}"] = _draw_parametric(axes, result, key, flops, of_n)
+        for i, (result, of_n) in enumerate(zip(parametric, intervals, strict=True)):
+            style = STYLES[i % len(STYLES)]
+            drawn[f"approach 3: {result.law.name}"] = _draw_parametric(axes, result, key, flops, of_n, style)
         _draw_slopes(axes, key, flops)
         name_axes(axes, axis_label("C", {}), axis_label(key, {}).replace(key, f"{key}_opt", 1))
         numbers[f"{key}_opt"] = drawn
@@ -121,8 +124,7 @@ def contour_drawing(
     grid = {"N": np.repeat(n, len(d)), "D": np.tile(d, len(n))}
     loss = result.fit.at(np.stack([grid[key] for key in law.inputs], axis=-1)).reshape(len(n), len(d))
     levels = _levels(loss)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    log_scale(axes, "xy")
     lines = axes.contour(
         n, d, loss.T, levels=levels, colors=shades(1 / (levels - levels.min() + np.ptp(levels) / 10)), linewidths=1.1
     )
@@ -222,13 +224,16 @@ def _best_sizes(result: Result, flops: FloatArray) -> FloatArray:
     return np.array(list(quantity_intervals(result.fit, quantities).values()), dtype=np.float64).T
 
 
-def _draw_parametric(axes: Axes, result: Result, key: str, flops: FloatArray, best_sizes: FloatArray) -> dict[str, Any]:
+def _draw_parametric(
+    axes: Axes, result: Result, key: str, flops: FloatArray, best_sizes: FloatArray, style: tuple[str, Any]
+) -> dict[str, Any]:
     """The optimum of a law of N and D, with its interval where it has one."""
     value, low, high = best_sizes
     if key == "D":  # of a budget, 6·N·D is given
         value, high, low = flops / FLOPS_PER_PARAMETER_AND_TOKEN / best_sizes
-    axes.plot(flops, value, color=FITTED, lw=1.6, label=f"approach 3: {result.law.name}")
-    axes.fill_between(flops, low, high, color=FITTED, alpha=0.15, lw=0)
+    color, dashes = style
+    axes.plot(flops, value, color=color, lw=1.6, ls=dashes, label=f"approach 3: {result.law.name}")
+    axes.fill_between(flops, low, high, color=color, alpha=0.13, lw=0)
     return {key: value, "low": low, "high": high}
 
 

@@ -8,7 +8,16 @@ import numpy as np
 from scipy.stats import t as student
 
 from megamup.page import INK
-from megamup.scaling.figures.drawing import Drawing, add_legend, axis_label, name_axes, new_figure, plain, shades
+from megamup.scaling.figures.drawing import (
+    Drawing,
+    add_legend,
+    axis_label,
+    log_scale,
+    name_axes,
+    new_figure,
+    plain,
+    shades,
+)
 from megamup.scaling.isoflop import Budget, IsoFlop
 from megamup.scaling.parabola import NEEDED
 from megamup.scaling.uncertainty import LEVEL
@@ -21,7 +30,7 @@ NAMED = 8
 def isoflop_drawing(found: IsoFlop) -> Drawing:
     """Loss against N, one parabola a budget; the vertex is a star with its interval, hollow where it is no optimum."""
     figure, (axes,) = new_figure()
-    axes.set_xscale("log")
+    log_scale(axes, "x")
     colors = shades([budget.flops for budget in found.budgets])
     named = set(np.linspace(0, len(colors) - 1, min(NAMED, len(colors))).round().astype(int).tolist())
     rows = []

@@ -15,6 +15,7 @@ from megamup.scaling.figures.drawing import (
     Drawing,
     add_legend,
     axis_label,
+    log_scale,
     name_axes,
     new_figure,
     plain,
@@ -113,9 +114,7 @@ def _spread(view: _View, known: Columns) -> float:
 def _drawing(result: Result, response: FloatArray, known: Columns, view: _View, prefix: str) -> Drawing:
     law, convention = result.law, result.ladder.convention
     figure, (axes,) = new_figure()
-    axes.set_xscale("log")
-    if law.response != "L":
-        axes.set_yscale("log")
+    log_scale(axes, "x" if law.response == "L" else "xy")
     name_axes(axes, axis_label(view.x, convention), axis_label(law.response, convention))
     groups = _groups(view, known)
     colors = [FITTED] if len(groups) == 1 else shades(np.arange(1, len(groups) + 1.0))
@@ -151,11 +150,7 @@ def _draw_line(
 ) -> dict[str, Any]:
     """The law along one group, with its band; what was drawn."""
     count = LINE_POINTS if alone else LINE_POINTS_OF_MANY
-    own = known[view.x][group.rows]
-    if view.x == "step":  # a law of whole steps, within the schedule of its curve
-        x = np.unique(np.rint(np.geomspace(own.min(), own.max(), count)))
-    else:
-        x = np.geomspace(known[view.x].min() / BEYOND, known[view.x].max() * BEYOND, count)
+    x = np.geomspace(known[view.x].min() / BEYOND, known[view.x].max() * BEYOND, count)
     columns = view.solve(x, group.at)
     prediction = result.predict(np.stack([columns[key] for key in result.law.inputs], axis=-1))
     axes.plot(x, prediction.loss, color=color, lw=1.5, label=result.law.formula if alone else group.label)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.stats import norm
@@ -14,6 +15,7 @@ from megamup.scaling.figures.drawing import (
     Drawing,
     add_legend,
     axis_label,
+    log_scale,
     name_axes,
     new_figure,
     plain,
@@ -21,10 +23,16 @@ from megamup.scaling.figures.drawing import (
     with_held,
 )
 from megamup.scaling.influence import LARGE_COOK, Influence
+from megamup.scaling.laws import FloatArray
 from megamup.scaling.runs import Ladder, Point
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 NAMED = 6
 """Runs of the largest Cook's distance, named in the figure."""
+LINE_HEIGHT = 0.06
+"""Of a name, as a share of the panel's height."""
 
 
 def residual_drawing(result: Result, held: Sequence[Point], prefix: str) -> Drawing:
@@ -34,7 +42,7 @@ def residual_drawing(result: Result, held: Sequence[Point], prefix: str) -> Draw
     size, size_is = sizes_of(everyone, result.law), _size_name(everyone, result)
     percent = 100 * (response_of(everyone, result.law) / result.fit.at(inputs_of(everyone, result.law)) - 1)
     n = len(result.ladder)
-    left.set_xscale("log")
+    log_scale(left, "x")
     left.axhline(0, color=MUTED, lw=1)
     if all("N" in point.inputs for point in result.ladder.points):
         shaded_points(left, size[:n], percent[:n], "N", result.ladder.columns(["N"])[:, 0])
@@ -69,16 +77,14 @@ def influence_drawing(result: Result, found: Influence, names: Sequence[str], pr
             area = 18 + 120 * cook[rows] / max(float(cook.max()), 1e-300)
             x, y = found.leverage[rows], np.nan_to_num(found.studentised[rows])
             axes.scatter(x, y, s=area, c=color, alpha=0.75, lw=0, label=label)
-    for i in np.argsort(-cook)[:NAMED]:
-        at = (float(found.leverage[i]), float(np.nan_to_num(found.studentised[i])))
-        text = axes.annotate(names[i], at, xytext=(6, 4), textcoords="offset points", fontsize=SMALL, color=INK)
-        text.set_parse_math(False)
     axes.margins(x=0.12, y=0.15)
+    _name_largest(axes, found, cook, names)
     name_axes(axes, "leverage", "studentised residual")
-    add_legend(axes)
+    if large.any():
+        add_legend(axes)
     caption = (
         "Leverage is the run's part in the fit of its own loss, the residual that from the law fitted without it, in "
-        f"standard errors; the area is Cook's distance. Named are the {min(NAMED, len(names))} runs of the largest."
+        "standard errors; the area is Cook's distance. Named are runs of the largest, as far as there is room."
     )
     listed = [
         {"run": name, "leverage": h, "studentised": t, "cook": c, "prediction_shift": p, "parameter_shifts": q}
@@ -94,6 +100,23 @@ def influence_drawing(result: Result, found: Influence, names: Sequence[str], pr
     ]
     numbers = {"parameters": result.law.parameters, "runs": listed}
     return Drawing(f"{prefix}-influence", "Influence of each run", caption, figure, plain(numbers))
+
+
+def _name_largest(axes: Axes, found: Influence, cook: FloatArray, names: Sequence[str]) -> None:
+    """Names towards the panel's middle, but for those that would cover one of a larger distance."""
+    taken: list[tuple[float, bool]] = []
+    low, high = axes.get_ylim()
+    for i in np.argsort(-cook)[:NAMED]:
+        x, y = float(found.leverage[i]), float(np.nan_to_num(found.studentised[i]))
+        right = x > sum(axes.get_xlim()) / 2
+        if any(abs(y - other) < LINE_HEIGHT * (high - low) and right == side for other, side in taken):
+            continue
+        taken.append((y, right))
+        place, ha = ((-7, 5), "right") if right else ((7, 5), "left")
+        text = axes.annotate(
+            names[i], (x, y), xytext=place, textcoords="offset points", ha=ha, fontsize=SMALL, color=INK
+        )
+        text.set_parse_math(False)
 
 
 def _size_name(ladder: Ladder, result: Result) -> str:

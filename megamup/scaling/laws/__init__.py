@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
-from typing import Literal
 
 from megamup.errors import MegamupError
 from megamup.scaling.laws.annealing import ANNEALING, MULTI_POWER
@@ -66,8 +65,6 @@ class Reduction:
 
     name: str
     """What the user writes after `--law`."""
-    needs: Literal["points", "curves"]
-    """Final points of the runs, or their whole loss curves."""
     inputs: tuple[str, ...]
     """Keys that each run needs, beside its loss."""
     laws: tuple[Law, ...]
@@ -80,21 +77,19 @@ REDUCTIONS = {
     for reduction in (
         Reduction(
             "envelope",
-            "curves",
             ("N",),
             (N_OPT, D_OPT, power("C")),
             "Hoffmann et al. 2022, arXiv:2203.15556, approach 1",
         ),
         Reduction(
             "isoflop",
-            "points",
             ("C", "N", "D"),
             (N_OPT, D_OPT, power("C")),
             "Hoffmann et al. 2022, arXiv:2203.15556, approach 2",
         ),
-        Reduction("critical-batch", "curves", ("B", "lr"), (CRITICAL_BATCH, BATCH_LOSS), CRITICAL_BATCH.source),
-        Reduction("step-law-lr", "points", ("N", "D", "lr", "B"), (STEP_LAW_LR,), STEP_LAW_LR.source),
-        Reduction("step-law-batch", "points", ("N", "D", "lr", "B"), (STEP_LAW_BATCH,), STEP_LAW_BATCH.source),
+        Reduction("critical-batch", ("B", "lr"), (CRITICAL_BATCH, BATCH_LOSS), CRITICAL_BATCH.source),
+        Reduction("step-law-lr", ("N", "D", "lr", "B"), (STEP_LAW_LR,), STEP_LAW_LR.source),
+        Reduction("step-law-batch", ("N", "D", "lr", "B"), (STEP_LAW_BATCH,), STEP_LAW_BATCH.source),
     )
 }
 """By the name that users write. Laws that aren't fitted to the runs' own points come with one."""

@@ -256,11 +256,6 @@ class SumOfPowers(Law):
         return log * alpha if way > 0 else log / alpha
 
 
-def separable(law: Law) -> SumOfPowers | None:
-    """The law as a sum of powers, where it is one."""
-    return law if isinstance(law, SumOfPowers) else None
-
-
 def spread(exponent: Exponent, unit: FloatArray) -> FloatArray:
     """Draws over the exponent's range, even in its log where that has one sign."""
     low, high = exponent.low, exponent.high

@@ -40,9 +40,9 @@ def target_table(target: Mapping[str, float], found: Sequence[tuple[Result, Esti
 
 
 def tried_table(result: Result, title: str) -> str:
-    """Every law and objective that was compared; nothing where one was asked for."""
+    """Every law and objective that was compared; nothing where one was asked for, or where no run could be held out."""
     header, *rows = tried_rows(result)
-    if len(rows) < 2:
+    if len(rows) < 2 or not any(tried.trials for tried in result.tried):
         return ""
     return table_section(title, header, rows) + f"<p class='lead'>Chosen: {result.reason}.</p>"
 
@@ -67,13 +67,13 @@ def points_table(result: Result, held: Sequence[Point], title: str) -> str:
 
 
 def influence_table(found: Influence, names: Sequence[str], title: str) -> str:
-    """The runs of the largest Cook's distance."""
+    """The runs of the largest Cook's distance; shifts are those of the prediction."""
     rows = []
     for i in np.argsort(-np.nan_to_num(found.cook, nan=np.inf), kind="stable")[:INFLUENCES]:
         shift = found.prediction_shifts[i]
         cells = (found.leverage[i], found.studentised[i], found.cook[i], *shift)
         rows.append((names[i], *("-" if np.isnan(cell) else f"{cell:.3g}" for cell in cells)))
-    shifts = ("shift of the prediction (std. errors)",) if found.prediction_shifts.shape[1] else ()
+    shifts = ("shift (std. errors)",) if found.prediction_shifts.shape[1] else ()
     return table_section(title, ("run", "leverage", "studentised residual", "Cook's distance", *shifts), rows)
 
 

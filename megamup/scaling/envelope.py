@@ -53,6 +53,8 @@ def envelope(
     ends = np.array([(curve.flops[0], curve.flops[-1]) for _, curve in curves])
     flops = np.geomspace(ends[:, 0].min(), ends[:, 1].max(), budgets)
     losses = np.stack([_on(curve, curve.loss, flops) for _, curve in curves])  # (runs, budgets), inf where not measured
+    covered = np.isfinite(losses).any(axis=0)  # curves may leave gaps between them
+    flops, losses = flops[covered], losses[:, covered]
     best = np.argmin(losses, axis=0)
     measured = np.where(np.isfinite(losses), sizes[:, np.newaxis], np.nan)
     smallest, largest = (edge(measured, axis=0) for edge in (np.nanmin, np.nanmax))
@@ -63,11 +65,11 @@ def envelope(
     if different < NEEDED_SIZES:
         raise MegamupError(
             f"envelope: {different} sizes are best somewhere between smaller and larger ones; expected at least "
-            f"{NEEDED_SIZES}: of {budgets} budgets the smallest model there is best at {int(at_smallest.sum())} and "
+            f"{NEEDED_SIZES}: of {len(flops)} budgets the smallest model there is best at {int(at_smallest.sum())} and "
             f"the largest at {int(at_largest.sum())}; add sizes beyond, or train longer"
         )
     warnings = tuple(
-        f"{int(edge.sum())} of {budgets} budgets are left out: the {name} model measured there is the best"
+        f"{int(edge.sum())} of {len(flops)} budgets are left out: the {name} model measured there is the best"
         for edge, name in ((at_smallest, "smallest"), (at_largest & ~at_smallest, "largest"))
         if edge.any()
     )

@@ -53,8 +53,9 @@ def backtest_drawing(result: Result, prefix: str) -> Drawing | None:
     for axes, y in ((left, "measured over predicted, less 1 (%)"), (right, "widening that would have held it")):
         name_axes(axes, "size over that of the largest fitted run", y)
         add_legend(axes, below=True)
+    cuts = "one cut" if test.folds == 1 else f"{test.folds} cuts"
     caption = (
-        f"Each point is a run predicted from smaller ones only, at {test.folds} cuts. Left: its error, with the "
+        f"Each point is a run predicted from smaller ones only, at {cuts}. Left: its error, with the "
         f"interval of that fit. Right: by what factor the interval would have had to be wider. {LEVEL:.0%} of them "
         "needed at most the widening, which every interval on this page has."
     )

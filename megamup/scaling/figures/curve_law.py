@@ -70,8 +70,10 @@ def curve_law_drawing(result: Result, predicted: Sequence[Predicted] = ()) -> Dr
     held = "" if evidence.rms_error is None else f"; {evidence.held_out} held out err by {evidence.rms_error:.2%} rms"
     caption = (
         f"Points: {result.ladder.convention['loss']}. Lines: {law.formula} ({law.source}), fitted to the learning "
-        f"rates below{held}. Dashed: schedules that were not fitted, with the 95% interval of one new run."
+        f"rates below{held}."
     )
+    if predicted:
+        caption += " Dashed: schedules that were not fitted, with the 95% interval of one new run."
     numbers = plain({"curves": drawn, "schedules": law.known.knots()})
     return Drawing("curve_law", "Loss by learning-rate schedule", caption, figure, numbers)
 

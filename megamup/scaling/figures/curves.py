@@ -40,13 +40,13 @@ def curves_drawing(curves: Sequence[tuple[Point, Curve]], held: Sequence[tuple[P
     figure, (axes,) = new_figure()
     log_scale(axes, "x")
     drawn = [
-        {"run": point.name, "held_out": False, "tokens": x, "loss": y}
+        {"run": point.run or point.name, "held_out": False, "tokens": x, "loss": y}
         for point, (x, y) in zip((p for p, _ in curves), _draw_curves(axes, curves, "tokens"), strict=True)
     ]
     for point, curve in held:
         x, y = thinned(curve.tokens, curve.loss)
-        axes.plot(x, y, color=HELD, lw=1.3, ls="--", label=f"{point.name} (held out)")
-        drawn.append({"run": point.name, "held_out": True, "tokens": x, "loss": y})
+        axes.plot(x, y, color=HELD, lw=1.3, ls="--", label=f"{point.run or point.name} (held out)")
+        drawn.append({"run": point.run or point.name, "held_out": True, "tokens": x, "loss": y})
     name_axes(axes, "tokens", "training loss (nats per token)")
     add_legend(axes)
     caption = "Training loss of each run against the tokens it has seen (means over bins of steps)."
@@ -58,7 +58,7 @@ def envelope_drawing(found: Envelope, curves: Sequence[tuple[Point, Curve]]) -> 
     figure, (axes,) = new_figure()
     log_scale(axes, "x")
     drawn = [
-        {"run": point.name, "N": point.inputs["N"], "C": x, "loss": y}
+        {"run": point.run or point.name, "N": point.inputs["N"], "C": x, "loss": y}
         for (point, _), (x, y) in zip(curves, _draw_curves(axes, curves, "flops"), strict=True)
     ]
     measured = np.isfinite(found.loss)
@@ -86,15 +86,15 @@ def thinned(x: FloatArray, y: FloatArray) -> tuple[FloatArray, FloatArray]:
 
 
 def _draw_curves(axes: Axes, curves: Sequence[tuple[Point, Curve]], x: str) -> list[tuple[FloatArray, FloatArray]]:
-    """One line a run, coloured by N (by order where a run has none) and named where they are few."""
+    """One line a run, coloured by N (by order where that tells none apart) and named where they are few."""
     sizes = [point.inputs.get("N") for point, _ in curves]
-    by_size = all(size is not None for size in sizes)
+    by_size = None not in sizes and len(set(sizes)) > 1
     values = np.array(sizes if by_size else np.arange(1, len(curves) + 1), dtype=np.float64)
     colors, lines, seen = shades(values), [], set[Any]()
     few = len(curves) <= NAMED
     for i in np.argsort(values, kind="stable"):
         (point, curve), color = curves[i], colors[i]
-        label = point.name if few else f"N = {values[i]:.2g}" if by_size and color not in seen else None
+        label = (point.run or point.name) if few else f"N = {values[i]:.2g}" if by_size and color not in seen else None
         seen.add(color)
         line = thinned(getattr(curve, x), curve.loss)
         axes.plot(*line, color=color, lw=1.1, label=label)

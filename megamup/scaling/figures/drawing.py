@@ -29,7 +29,7 @@ LEGEND_INSIDE = 4
 LOG_STEPS = ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0))
 """Of a log axis, within a decade: the first that give it enough ticks."""
 FEWEST_TICKS, MOST_DECADES = 3, 5
-PLAIN_FROM, PLAIN_TO = 0.001, 10_000.0
+PLAIN_FROM, PLAIN_TO = 0.01, 1000.0
 """Ticks between are labelled without a power of ten."""
 
 LABELS = {

@@ -10,6 +10,7 @@ import numpy as np
 from megamup.page import FITTED, HELD, INK, MUTED
 from megamup.scaling.analysis import Result
 from megamup.scaling.envelope import Envelope
+from megamup.scaling.estimate import flops_per_product
 from megamup.scaling.figures.drawing import (
     SMALL,
     Drawing,
@@ -60,7 +61,7 @@ def optimum_drawing(
     if not parametric and not lines and envelope is None and isoflop is None:
         return None
     figure, panels = new_figure(2, (8.4, 4.6))
-    known = [float(c) for result in parametric for c in _budgets(result)]
+    known = [float(c) for r in parametric for c in _budgets(r) * flops_per_product(r) / FLOPS_PER_PARAMETER_AND_TOKEN]
     known += [float(c) for result in lines for c in result.fit.inputs[:, 0]]
     known += [p.inputs["C"] for found in (envelope, isoflop) if found is not None for p in found.ladder.points]
     flops = np.geomspace(*log_range([*known, *budgets]), LINE_POINTS)
@@ -97,8 +98,9 @@ def optimum_drawing(
     for text in legend.get_texts():
         text.set_parse_math(False)
     caption = (
-        "The best model and data at each budget. Bands and bars are 95% intervals of the optimum. Published slopes are "
-        "drawn through the middle, for comparison only."
+        "The best model and data at each budget, in FLOPs as the runs count them; a law of N and D takes these as "
+        "proportional to N·D. Bands and bars are 95% intervals of the optimum. Published slopes are drawn through the "
+        "middle, for comparison only."
     )
     return Drawing("optimum", "Compute-optimal model and data", caption, figure, plain(numbers))
 
@@ -219,8 +221,9 @@ def _draw_power(axes: Axes, result: Result, flops: FloatArray) -> dict[str, Any]
 
 
 def _best_sizes(result: Result, flops: FloatArray) -> FloatArray:
-    """N_opt at each budget and the ends of its interval, NaN where open: (3, m)."""
-    quantities = {str(i): result.law.quantities({"C": float(c)})["N_opt"] for i, c in enumerate(flops)}
+    """N_opt at each budget, in the runs' own FLOPs, and the ends of its interval, NaN where open: (3, m)."""
+    budgets = flops * FLOPS_PER_PARAMETER_AND_TOKEN / flops_per_product(result)
+    quantities = {str(i): result.law.quantities({"C": float(c)})["N_opt"] for i, c in enumerate(budgets)}
     return np.array(list(quantity_intervals(result.fit, quantities).values()), dtype=np.float64).T
 
 
@@ -229,8 +232,8 @@ def _draw_parametric(
 ) -> dict[str, Any]:
     """The optimum of a law of N and D, with its interval where it has one."""
     value, low, high = best_sizes
-    if key == "D":  # of a budget, 6·N·D is given
-        value, high, low = flops / FLOPS_PER_PARAMETER_AND_TOKEN / best_sizes
+    if key == "D":  # of a budget, N·D is given
+        value, high, low = flops / flops_per_product(result) / best_sizes
     color, dashes = style
     axes.plot(flops, value, color=color, lw=1.6, ls=dashes, label=f"approach 3: {result.law.name}")
     axes.fill_between(flops, low, high, color=color, alpha=0.13, lw=0)

@@ -24,6 +24,7 @@ from megamup.scaling.figures.drawing import (
 )
 from megamup.scaling.figures.groups import LIKE, Group, groups_of
 from megamup.scaling.laws import FloatArray
+from megamup.scaling.laws.frontier import FLOPS_PER_PARAMETER_AND_TOKEN
 from megamup.scaling.runs import Point
 from megamup.scaling.uncertainty import quantity_values
 
@@ -165,13 +166,14 @@ def _draw_line(
 
 
 def _draw_frontier(axes: Axes, result: Result, x: FloatArray) -> dict[str, Any] | None:
-    """The least loss at each budget, where the law has one."""
-    at = {str(i): result.law.quantities({"C": float(c)}).get("L") for i, c in enumerate(x)}
+    """The least loss at each budget, where the law has one, whose C is 6·N·D and not counted as the runs count it."""
+    budgets = x * FLOPS_PER_PARAMETER_AND_TOKEN / flops_per_product(result)
+    at = {str(i): result.law.quantities({"C": float(c)}).get("L") for i, c in enumerate(budgets)}
     if any(quantity is None for quantity in at.values()):
         return None
     least = quantity_values(result.fit, {key: quantity for key, quantity in at.items() if quantity is not None})
     loss = np.array([least[str(i)] for i in range(len(x))])
-    axes.plot(x, loss, color=INK, lw=1.4, ls=(0, (6, 3)), label="best N and D of C = 6·N·D")
+    axes.plot(x, loss, color=INK, lw=1.4, ls=(0, (6, 3)), label="best N and D of a budget")
     return {"x": x, "law": loss}
 
 

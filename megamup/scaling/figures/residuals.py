@@ -104,14 +104,14 @@ def influence_drawing(result: Result, found: Influence, names: Sequence[str], pr
 
 def _name_largest(axes: Axes, found: Influence, cook: FloatArray, names: Sequence[str]) -> None:
     """Names towards the panel's middle, but for those that would cover one of a larger distance."""
-    taken: list[tuple[float, bool]] = []
+    taken: list[float] = []
     low, high = axes.get_ylim()
     for i in np.argsort(-cook)[:NAMED]:
         x, y = float(found.leverage[i]), float(np.nan_to_num(found.studentised[i]))
         right = x > sum(axes.get_xlim()) / 2
-        if any(abs(y - other) < LINE_HEIGHT * (high - low) and right == side for other, side in taken):
+        if any(abs(y - other) < LINE_HEIGHT * (high - low) for other in taken):
             continue
-        taken.append((y, right))
+        taken.append(y)
         place, ha = ((-7, 5), "right") if right else ((7, 5), "left")
         text = axes.annotate(
             names[i], (x, y), xytext=place, textcoords="offset points", ha=ha, fontsize=SMALL, color=INK

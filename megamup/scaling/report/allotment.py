@@ -3,39 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
 from megamup.scaling.allocation import Allocation, Cluster, Optimum, allocate
 from megamup.scaling.analysis import Result
 from megamup.scaling.figures.frontier import has_frontier
+from megamup.scaling.report.subject import Subject
 from megamup.scaling.uncertainty import no_interval_reason, quantity_values
 
 OfOptimum = Callable[[Optimum], float]
 
 
-def allotments(results: Sequence[Result], budgets: Sequence[float], cluster: Cluster | None) -> list[Allocation]:
-    """A row for each budget; empty where no law tells N and D at one.
+def allotments(
+    subjects: Sequence[Subject], budgets: Sequence[float], cluster: Cluster | None
+) -> list[tuple[str, list[Allocation]]]:
+    """For each law that tells N and D at a budget its label, and a row for each budget; empty without budgets.
 
     Raises:
         MegamupError: a budget that isn't finite and above 0, or at which a law says nothing.
     """
-    optimum = optimum_of(results)
-    if optimum is None:
+    if not budgets:
         return []
-    return allocate(budgets, optimum, batch=law_of("B", results), lr=law_of("lr", results), cluster=cluster)
+    results = [subject.result for subject in subjects]
+    batch, lr = law_of("B", results), law_of("lr", results)
+    return [
+        (label, allocate(budgets, optimum, batch=batch, lr=lr, cluster=cluster))
+        for label, optimum in optima_of(subjects)
+    ]
 
 
-def optimum_of(results: Sequence[Result]) -> Callable[[float], Optimum] | None:
-    """N*, D* and the loss at a budget: of the first law of N and D, else of powers of C; None without any."""
-    for result in results:
-        if has_frontier(result):
-            return lambda budget: _parametric(result, budget)
-    of = {(result.law.response, result.law.inputs): result for result in results}
-    n, d, loss = (of.get((response, ("C",))) for response in ("N", "D", "L"))
-    if n is None or d is None:
-        return None
-    return lambda budget: _by_powers(n, d, loss, budget)
+def optima_of(subjects: Sequence[Subject]) -> list[tuple[str, Callable[[float], Optimum]]]:
+    """N*, D* and the loss at a budget: of each law of N and D, then of the powers of C from approach 1 or 2."""
+    found: list[tuple[str, Callable[[float], Optimum]]] = [
+        (subject.label, partial(_parametric, subject.result)) for subject in subjects if has_frontier(subject.result)
+    ]
+    of_budget = [subject for subject in subjects if subject.result.law.inputs == ("C",)]
+    n, d = (next((s for s in of_budget if s.result.law.response == key), None) for key in ("N", "D"))
+    if n is not None and d is not None:
+        own = [*n.result.companions, *(s.result for s in of_budget)]  # first the loss of the same reduction
+        loss = next((result for result in own if result.law.response == "L"), None)
+        found.append((n.label, partial(_by_powers, n.result, d.result, loss)))
+    return found
 
 
 def law_of(response: str, results: Sequence[Result]) -> OfOptimum | None:

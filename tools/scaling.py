@@ -20,7 +20,7 @@ from megamup.errors import MegamupError
 from megamup.files import write_json_atomic, write_text_atomic
 from megamup.parameters import count
 from megamup.scaling.allocation import parse_cluster
-from megamup.scaling.analysis import AUTO, Result, analyse, analyse_reduced, check_names, laws_named
+from megamup.scaling.analysis import AUTO, Result, analyse, analyse_reduced, check_names, is_reduced, laws_named
 from megamup.scaling.curve_fit import (
     Measured,
     analyse_curves,
@@ -58,13 +58,13 @@ def _fit(arguments: argparse.Namespace) -> None:
     options = {"objective": arguments.objective, "seed": arguments.seed, "provenance": provenance(arguments.command)}
     if is_curve_law(arguments.law):
         result = analyse_curves(arguments.law, *read_tracks(arguments), **options)
-    elif arguments.law in REDUCTIONS:
-        options["method"] = arguments.intervals
-        result = analyse_reduced(arguments.law, read_ladder(arguments), lambda: read_curves(arguments), **options)
     else:
         ladder = read_ladder(arguments)
         options["method"] = arguments.intervals
-        result = analyse(ladder, laws_named(arguments.law, arguments.x, ladder), **options)
+        if arguments.law in REDUCTIONS and not is_reduced(arguments.law, ladder):
+            result = analyse_reduced(arguments.law, ladder, lambda: read_curves(arguments), **options)
+        else:
+            result = analyse(ladder, laws_named(arguments.law, arguments.x, ladder), **options)
     if arguments.output:
         save_result(result, arguments.output)
     if arguments.json:

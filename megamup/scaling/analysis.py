@@ -240,6 +240,13 @@ def _objectives(wanted: str, laws: Sequence[Law]) -> tuple[str, ...]:
     return (laws[0].published_objective,)
 
 
+def is_reduced(name: str, ladder: Ladder) -> bool:
+    """Whether points are what the reduction to `critical-batch` leaves: steps by batch, several at each loss."""
+    if name != "critical-batch" or not {"B", "S"} <= known_inputs(ladder):
+        return False
+    return bool(np.unique(ladder.losses, return_counts=True)[1].min() > 1)
+
+
 def analyse_reduced(
     name: str,
     ladder: Ladder,

@@ -160,3 +160,18 @@ def test_kaplans_data_is_the_data_set() -> None:
     (kaplan,) = laws_named("kaplan-nd", None, repeated)
     assert inputs_of(repeated, kaplan)[:, 1].max() == 2e9
     assert inputs_of(repeated, CHINCHILLA)[:, 1].max() == pytest.approx(1e11)
+
+
+def test_steps_by_batch_at_shared_losses_need_no_curves() -> None:
+    """Kaplan et al.'s B_crit = 2e8·L^-4.76, as a table of steps."""
+    points = []
+    for loss in (4.0, 3.5, 3.0):
+        for batch in 2.0 ** np.arange(12, 20):
+            steps = 1000 * (4 / loss) ** 8 * (1 + 2e8 * loss**-4.76 / batch)
+            points.append(Point(f"{loss}-{batch}", {"B": float(batch), "S": float(steps)}, loss))
+    table = Ladder(tuple(points), CONVENTION)
+    assert is_reduced("critical-batch", table)
+    assert not is_reduced("critical-batch", GRID)
+    result = analyse(table, laws_named("critical-batch", None, table))
+    assert result.fit.parameters["B_star"] == pytest.approx(2e8, rel=1e-6)
+    assert result.fit.parameters["alpha_B"] == pytest.approx(1 / 4.76, rel=1e-6)

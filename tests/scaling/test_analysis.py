@@ -16,6 +16,7 @@ from megamup.scaling.analysis import (
     check_names,
     completed,
     inputs_of,
+    is_reduced,
     laws_named,
     sizes_of,
 )

@@ -87,3 +87,4 @@ def test_the_parents_garbage_is_left_alone() -> None:
                 assert collecting.poll(30), "the rank hangs in a destructor"
     finally:
         gc.enable()
+        gc.collect()  # here, where the stores' threads are: no later fork is to meet them

@@ -207,7 +207,7 @@ def analyse(
         chosen.law, data.inputs, data.response, objective=chosen.objective, seed=seed, runs=data.runs.tolist()
     )
     found = check_fit(fit)
-    test = backtest(fit.law, data, fit.objective, sizes_of(ladder, fit.law), names, skip=outliers(fit))
+    test = backtest(fit.law, data, fit.objective, sizes_of(ladder, fit.law), names)
     intervals = parameter_intervals(fit, method=method)
     return Result(
         fit=fit,
@@ -303,8 +303,8 @@ def _outlier_warnings(fit: Fit, names: Sequence[str]) -> list[str]:
         return []
     shown = ", ".join(found[:MOST_NAMES]) + (f" and {len(found) - MOST_NAMES} more" if len(found) > MOST_NAMES else "")
     return [
-        f"{len(found)} of {len(names)} points are outliers, which hardly move the law and count neither as noise nor "
-        f"in the backtest, so that intervals hold for runs that are none: {shown}"
+        f"{len(found)} of {len(names)} points are outliers, which hardly move the law and aren't counted as noise; "
+        f"if they are the largest runs, the law bends there: {shown}"
     ]
 
 

@@ -142,7 +142,6 @@ def backtest(
     *,
     least: int | None = None,
     intervals: bool = True,
-    skip: NDArray[np.bool_] | None = None,
 ) -> Backtest:
     """Predict larger runs from smaller ones, at up to 12 cuts.
 
@@ -150,7 +149,6 @@ def backtest(
         size: (n,), what runs are ordered by: FLOPs, or the law's only input; a run of several points has their
             geometric mean.
         least: runs that every fit has at least; default the law's parameters and one more, for intervals.
-        skip: (n,), points that are fitted and not predicted: outliers.
         intervals: without them only errors of the next rungs are found (`needed` is 0), as a choice of law wants.
     """
     size, runs = _of_runs(size, data), np.unique(data.runs)
@@ -158,8 +156,7 @@ def backtest(
     folds, trials = 0, list[Trial]()
     for cut, until in _cuts(np.array([size[data.runs == run][0] for run in runs]), needed):
         fit = _fit_below(law, data, objective, size <= cut)
-        wanted = (size > cut) if skip is None else (size > cut) & ~skip
-        near, far = np.flatnonzero(wanted & (size <= until)), np.flatnonzero(wanted & (size > until))
+        near, far = np.flatnonzero((size > cut) & (size <= until)), np.flatnonzero(size > until)
         rows = _spread_out(near, far if intervals else far[:0])
         if fit is None or not (found := _predicted(fit, data, rows, intervals)):
             continue

@@ -20,6 +20,9 @@ LEVEL = 0.95
 OUTLIER = 6.0
 """A residual beyond so many robust standard deviations is no Gaussian's: one in a billion."""
 
+FEWEST = 15
+"""Points below which a median of residuals is too uncertain to call one an outlier."""
+
 Targets = Callable[[FloatArray, IntArray], tuple[FloatArray, FloatArray]]
 """(θ (s, p), which target each is for (s,)) -> its value (s,) and gradient by θ (s, p)."""
 
@@ -45,12 +48,13 @@ def no_interval_reason(fit: Fit) -> str | None:
 def outliers(fit: Fit) -> NDArray[np.bool_]:
     """Points (n,) beyond `OUTLIER` robust standard deviations of the fit, under Huber's loss; none under least squares.
 
-    Huber's loss is for them: they hardly move the law, and neither noise nor backtest counts them. Points that the fit
-    interpolates say nothing of how large residuals are, and are left out of the median.
+    Huber's loss is for them: they hardly move the law, and aren't counted as noise. The backtest does count them: a run
+    that a law fitted to all points calls an outlier may be one where the law bends. Points that the fit interpolates
+    say nothing of how large residuals are, and are left out of the median; of few points none can be called an outlier.
     """
     size = np.abs(fit.residuals)
     own = np.sort(size)[len(fit.law.parameters) :]
-    if fit.objective.delta is None or len(own) < len(fit.law.parameters) + 1:
+    if fit.objective.delta is None or len(size) < FEWEST or len(own) < len(fit.law.parameters) + 1:
         return np.zeros(len(size), dtype=bool)
     return np.asarray(size > OUTLIER * 1.4826 * max(float(np.median(own)), 1e-9))
 

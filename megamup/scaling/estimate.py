@@ -49,6 +49,13 @@ def estimate(result: Result, at: Mapping[str, float]) -> list[Estimate]:
             f"{_and(law.inputs)}{_elsewhere(result)}"
         )
     intervals = quantity_intervals(result.fit, quantities, method=result.method)
+    unknown = [name for name, (value, _, _) in intervals.items() if not np.isfinite(value)]
+    if unknown:
+        raise MegamupError(
+            f"--at: {','.join(f'{key}={value:g}' for key, value in at.items())}: the law {law.formula} gives no "
+            f"{_and(tuple(unknown))} there; expected a loss above its floor "
+            f"({', '.join(f'{k} = {v:.4g}' for k, v in result.fit.parameters.items())}), or a smaller budget"
+        )
     found = [Estimate(name, *ends, new_run=False) for name, ends in intervals.items()]
     if law.response == "L" and "L" in quantities and {OPTIMUM.get(key) for key in law.inputs} <= set(quantities):
         best = [intervals[OPTIMUM[key]][0] for key in law.inputs]
@@ -97,6 +104,10 @@ def _with_flops(result: Result, at: Mapping[str, float]) -> dict[str, float]:
 
 def _response(result: Result, name: str, inputs: list[float]) -> Estimate:
     prediction = result.predict(np.array([inputs]))
+    if not np.isfinite(prediction.loss[0]):
+        raise MegamupError(
+            f"--at: the law {result.law.formula} has no finite value there; expected inputs nearer the runs"
+        )
     known = no_interval_reason(result.fit) is None
     low, high = (float(end[0]) if known else None for end in (prediction.low, prediction.high))
     return Estimate(OPTIMUM.get(name, name), float(prediction.loss[0]), low, high, new_run=True)

@@ -176,3 +176,15 @@ def test_steps_by_batch_at_shared_losses_need_no_curves() -> None:
     result = analyse(table, laws_named("critical-batch", None, table))
     assert result.fit.parameters["B_star"] == pytest.approx(2e8, rel=1e-6)
     assert result.fit.parameters["alpha_B"] == pytest.approx(1 / 4.76, rel=1e-6)
+
+
+def test_largest_runs_that_leave_the_law_widen_its_intervals() -> None:
+    """They look like outliers of a robust fit; the backtest must count them all the same."""
+    flops = np.logspace(17, 23, 20)
+    loss = (1.7 + 2 * (flops / 1e17) ** -0.15) * np.exp(0.0003 * np.random.default_rng(0).standard_normal(20))
+    loss[-2:] *= [1.01, 1.02]
+    points = tuple(Point(f"{c:.2g}", {"C": float(c)}, float(y)) for c, y in zip(flops, loss, strict=True))
+    for objective in (AUTO, "huber"):
+        result = analyse(Ladder(points, CONVENTION), [power("C")], objective=objective)
+        assert result.backtest.inflation > 3
+        assert {f"{c:.2g}" for c in flops[-2:]} <= {trial.run for trial in result.backtest.trials}

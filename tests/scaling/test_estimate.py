@@ -82,3 +82,8 @@ def test_six_where_the_points_have_no_flops(chinchilla: Result) -> None:
 def test_other_keys_are_refused_with_those_that_serve(chinchilla: Result) -> None:
     with pytest.raises(MegamupError, match="--at: B=1000 given; the law chinchilla takes N and D, or C, or L"):
         estimate(chinchilla, {"B": 1e3})
+
+
+def test_a_loss_below_the_floor_is_refused(chinchilla: Result) -> None:
+    with pytest.raises(MegamupError, match=r"--at: L=1: the law .* gives no C.* above its floor"):
+        estimate(chinchilla, {"L": 1.0})

@@ -16,12 +16,15 @@ if TYPE_CHECKING:
 # into the page's variables, so that one drawing serves light, dark and print.
 INK, MUTED, GRID = "#1f2328", "#59636e", "#d8dee4"
 FITTED, HELD = "#0b63ce", "#c2410c"
-# From small to large: viridis, cut where it nears the paper's own lightness, on light and on dark.
-RAMP = ("#440154", "#482374", "#424086", "#375b8d", "#2c728e", "#23898e", "#1fa088", "#32b67a")
-DARK_RAMP = ("#2e6f8e", "#25848e", "#1f9a8a", "#2ab07f", "#50c46a", "#86d549", "#c2df23", "#fde725")
+# From small to large: the hues of viridis, made darker or lighter where they would be lost on the paper.
+RAMP = ("#440154", "#46327e", "#365c8d", "#277f8e", "#1fa086", "#3ca05a", "#709b26", "#9e8f13")
+DARK_RAMP = ("#a56cc9", "#8380d6", "#5391d1", "#339fb0", "#2bb48a", "#57c765", "#a0da39", "#fde725")
 VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", FITTED: "fitted", HELD: "held"} | {
     color: f"ramp-{i}" for i, color in enumerate(RAMP)
 }
+
+WIDE = 10
+"""Columns of a table that is set in smaller type."""
 
 XLINK = "http://www.w3.org/1999/xlink"
 
@@ -41,7 +44,7 @@ def figure_section(figure: Figure, name: str, title: str, caption: str) -> str:
 def table_section(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th scope='col'>{escape(cell)}</th>" for cell in header)
     # A table of two columns is words; in a wider one all but the names are figures.
-    kind = "words" if len(header) == 2 else "figures"
+    kind = "words" if len(header) == 2 else "figures" if len(header) < WIDE else "figures wide"
     body = ""
     for name, *cells in rows:
         values = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
@@ -155,6 +158,7 @@ th, td { padding: .35rem .75rem .35rem 0; border-bottom: 1px solid var(--grid); 
 thead th { color: var(--muted); font-weight: 500; } tbody th { font-weight: 500; }
 .figures td, .figures thead th:not(:first-child) { white-space: nowrap; text-align: right;
   padding: .35rem 0 .35rem .75rem; }
+.wide { font-size: .8rem; } .figures.wide td, .figures.wide thead th:not(:first-child) { padding-left: .5rem; }
 .words tbody th { white-space: nowrap; padding-right: 2rem; } .words td { overflow-wrap: anywhere; }
 code { font-size: .92em; }
 """

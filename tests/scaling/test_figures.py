@@ -29,6 +29,7 @@ from megamup.scaling.figures.groups import MOST, groups_of
 from megamup.scaling.figures.isoflop import isoflop_drawing, vertex_interval
 from megamup.scaling.figures.loss import loss_drawings
 from megamup.scaling.isoflop import isoflop
+from megamup.scaling.laws.kaplan import D_OPT, N_OPT
 from megamup.scaling.laws.loss import CHINCHILLA
 from megamup.scaling.runs import Ladder, Point
 
@@ -143,3 +144,38 @@ def test_figures_are_written_as_png_and_svg(tmp_path: Path) -> None:
     for path in written:
         start = path.read_bytes()[:100]
         assert start.startswith(b"\x89PNG") if path.suffix == ".png" else b"<?xml" in start
+
+
+def test_published_slopes_cross_the_power_law_far_beyond_the_budgets_it_was_fitted_to() -> None:
+    points = tuple(
+        Point(
+            f"{c:g} {x}", {"C": c, "N": c**0.5 * x, "D": c**0.5 / 6 / x}, 3 - 0.1 * np.log10(c / 1e17) + np.log(x) ** 2
+        )
+        for c in (1e17, 1e18, 1e19)
+        for x in (0.5, 0.8, 1.25, 2.0)
+    )
+    runs = Ladder(points, {"flops": "6N", "parameters": "total", "loss": "valid_loss"})
+    found = isoflop(runs)
+    laws = [analyse(found.ladder, [law]) for law in (N_OPT, D_OPT)]
+    drawing = optimum_drawing(laws, None, found, budgets=[1e24])
+    assert drawing is not None
+    for axes in drawing.figure.axes:
+        lines = {str(line.get_label()): np.asarray(line.get_ydata(), dtype=np.float64) for line in axes.get_lines()}
+        law = lines["its power law"]
+        slopes = [values for label, values in lines.items() if label.startswith("slope of")]
+        assert len(slopes) == 2
+        # Off the law to both sides, or on it all along.
+        assert all(np.allclose(values, law) or (values[0] - law[0]) * (values[-1] - law[-1]) < 0 for values in slopes)
+
+
+def test_every_line_has_its_own_shade() -> None:
+    points = tuple(
+        Point(f"{n:g} {d:g}", {"N": n, "D": d}, 1.7 + 400 / n**0.34 + 2000 / d**0.37 + 0.001 * np.sin(i))
+        for i, (n, d) in enumerate((n, d) for n in np.geomspace(1e6, 1e8, MOST) for d in (1e8, 1e9, 1e10))
+    )
+    result = analyse(
+        Ladder(points, {"flops": "6N", "parameters": "total", "loss": "valid_loss"}), [CHINCHILLA], objective="log"
+    )
+    by_data = next(d for d in loss_drawings(result, (), "x") if d.numbers["x"] == "D")
+    lines = [line for line in by_data.figure.axes[0].get_lines() if str(line.get_label()).startswith("N = ")]
+    assert [line.get_color() for line in lines] == list(RAMP)

@@ -243,10 +243,9 @@ def _draw_parametric(
 def _draw_slopes(axes: Axes, key: str, flops: FloatArray) -> None:
     """Published slopes through the middle of what is drawn, which keeps its axes."""
     limits = axes.get_ylim()
-    drawn = [line for line in axes.get_lines() if len(line.get_xdata())]  # type: ignore[arg-type]
-    middle = float(np.exp(np.log(flops).mean()))
-    heights = [float(np.median(np.log(np.asarray(line.get_ydata(), dtype=np.float64)))) for line in drawn]
+    last = axes.get_lines()[-1]
+    middle = [float(np.log(np.asarray(data, dtype=np.float64)).mean()) for data in last.get_data()]
     for (source, slope), style in zip(PUBLISHED[key].items(), ("--", ":"), strict=True):
-        value = np.exp(np.mean(heights)) * (flops / middle) ** slope
+        value = np.exp(middle[1] + slope * (np.log(flops) - middle[0]))
         axes.plot(flops, value, color=MUTED, lw=0.9, ls=style, label=f"slope of {source}")
     axes.set_ylim(limits)

@@ -118,7 +118,7 @@ def _drawing(result: Result, response: FloatArray, known: Columns, view: _View, 
     log_scale(axes, "x" if law.response == "L" else "xy")
     name_axes(axes, axis_label(view.x, convention), axis_label(law.response, convention))
     groups = _groups(view, known)
-    colors = [FITTED] if len(groups) == 1 else shades(np.arange(1, len(groups) + 1.0))
+    colors = [FITTED] if len(groups) == 1 else shades(np.exp(np.arange(len(groups), dtype=np.float64)))
     lines = [
         _draw_line(axes, result, view, group, known, color, alone=len(groups) == 1)
         for group, color in zip(groups, colors, strict=True)

@@ -7,7 +7,7 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from megamup.files import write_json_atomic, write_text_atomic
 from megamup.parameters import count
 from megamup.scaling.allocation import parse_cluster
 from megamup.scaling.analysis import AUTO, Result, analyse, analyse_reduced, check_names, is_reduced, laws_named
+from megamup.scaling.critical_batch import apply_critical_batch
 from megamup.scaling.curve_fit import (
     Measured,
     analyse_curves,
@@ -56,11 +57,21 @@ def main(argv: list[str] | None = None) -> int:
 def _fit(arguments: argparse.Namespace) -> None:
     check_names(arguments.law)
     options = {"objective": arguments.objective, "seed": arguments.seed, "provenance": provenance(arguments.command)}
+    several = is_curve_law(arguments.law) or arguments.law in REDUCTIONS
+    if arguments.x and several:
+        raise MegamupError(f"--x: {arguments.x}: is the input of power, and the law is {arguments.law}: leave it out")
     if is_curve_law(arguments.law):
+        if arguments.intervals or arguments.critical_batch:
+            raise MegamupError(
+                f"--intervals, --critical-batch: {arguments.law} is fitted to whole curves, whose interval comes from "
+                "schedules held out; leave them out"
+            )
         result = analyse_curves(arguments.law, *read_tracks(arguments), **options)
     else:
         ladder = read_ladder(arguments)
-        options["method"] = arguments.intervals
+        if arguments.critical_batch:
+            ladder = apply_critical_batch(ladder, *_critical_batch(arguments.critical_batch))
+        options["method"] = arguments.intervals or METHODS[0]
         if arguments.law in REDUCTIONS and not is_reduced(arguments.law, ladder):
             result = analyse_reduced(arguments.law, ladder, lambda: read_curves(arguments), **options)
         else:
@@ -73,6 +84,14 @@ def _fit(arguments: argparse.Namespace) -> None:
     for each in (result, *result.companions):
         print("\n".join(fit_lines(each)))
         _print_warnings(each.warnings)
+
+
+def _critical_batch(path: Path) -> tuple[float, float]:
+    """B_star and alpha_B of B_crit = B_star·L^(-1/alpha_B), from the fit that has them."""
+    fit = load_result(path).fit
+    if not {"B_star", "alpha_B"} <= set(fit.law.parameters):
+        raise MegamupError(f"--critical-batch: {path} is of {fit.law.name}; expected critical-batch or batch-loss")
+    return fit.parameters["B_star"], fit.parameters["alpha_B"]
 
 
 def _predict(arguments: argparse.Namespace) -> None:
@@ -113,7 +132,7 @@ def _prediction_json(
         "high": loss and loss.high,
         "interval_level": LEVEL,
         "interval_note": no_interval_reason(result.fit)
-        or "of one new run, noise included, widened by what the backtest needed; of other quantities the law's own",
+        or "loss: of one new run, noise included; other quantities: the law's; all widened by what the backtest needed",
         "interval_method": result.method,
         "quantities": {one.name: {"value": one.value, "low": one.low, "high": one.high} for one in found},
         "over_largest_run": times,
@@ -248,6 +267,17 @@ def _positive(text: str, where: str) -> float:
     return number
 
 
+def _whole(least: int) -> Callable[[str], int]:
+    """For argparse: whole numbers from `least` on."""
+
+    def read(text: str) -> int:
+        if not text.lstrip("-").isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r}; expected a whole number from {least} on")
+        return int(text)
+
+    return read
+
+
 def _print_json(content: Any) -> None:
     print(json.dumps(content, ensure_ascii=False, allow_nan=False))
 
@@ -276,8 +306,14 @@ def _parser() -> argparse.ArgumentParser:
         help=f"what is least: {', '.join(OBJECTIVES)}, huber:DELTA, published (as the law's source did), or auto "
         "(default): by held-out error",
     )
-    fit.add_argument("--seed", type=int, default=0, help="of the random starts (default 0)")
-    fit.add_argument("--intervals", choices=METHODS, default=METHODS[0], help="how they are found (default profile)")
+    fit.add_argument("--seed", type=_whole(0), default=0, help="of the random starts (default 0)")
+    fit.add_argument("--intervals", choices=METHODS, help=f"how they are found (default {METHODS[0]})")
+    fit.add_argument(
+        "--critical-batch",
+        type=Path,
+        metavar="fit.json",
+        help="a fit of critical-batch: gives the runs Cmin and Smin by their batch and loss, for the laws of these",
+    )
     fit.add_argument("--output", type=Path, metavar="fit.json", help="write the fit file")
     fit.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
 
@@ -301,7 +337,7 @@ def _parser() -> argparse.ArgumentParser:
     design.add_argument("--fit", required=True, type=Path, metavar="fit.json")
     design.add_argument("--at", required=True, metavar="N=1e9,D=2e10", help="what is to be predicted")
     design.add_argument("--budget", required=True, metavar="1e20", help="FLOPs for all new runs")
-    design.add_argument("--runs", type=int, default=5, help="at most so many (default 5)")
+    design.add_argument("--runs", type=_whole(1), default=5, help="at most so many (default 5)")
     design.add_argument("--quantity", help="which quantity at a budget, such as N_opt (default the loss)")
     design.add_argument(
         "--noise",

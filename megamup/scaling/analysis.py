@@ -108,7 +108,7 @@ def laws_named(text: str, x: str | None, ladder: Ladder) -> list[Law]:
     known = known_inputs(ladder)
     own = x or next((key for key in POWER_INPUTS if key in known), None)
     if text != AUTO:
-        return [get_law(name, own if name == "power" else None) for name in text.split(",")]
+        return [get_law(name, own if name == "power" else x) for name in text.split(",")]
     possible: list[Law] = [power(own)] if own is not None else []
     possible += [law for law in LAWS.values() if law.name != "power" and law.response == "L"]
     laws = [law for law in possible if set(law.inputs) <= known]

@@ -27,7 +27,7 @@ class Estimate:
     low: float | None
     high: float | None
     new_run: bool
-    """Whether the interval holds one new run, noise and the backtest's widening included; else it is the law's own."""
+    """Whether the interval holds one new run, noise included; else it is the law's. The backtest has widened both."""
 
 
 def estimate(result: Result, at: Mapping[str, float]) -> list[Estimate]:
@@ -56,7 +56,7 @@ def estimate(result: Result, at: Mapping[str, float]) -> list[Estimate]:
             f"{_and(tuple(unknown))} there; expected a loss above its floor "
             f"({', '.join(f'{k} = {v:.4g}' for k, v in result.fit.parameters.items())}), or a smaller budget"
         )
-    found = [Estimate(name, *ends, new_run=False) for name, ends in intervals.items()]
+    found = [Estimate(name, *_widened(result, *ends), new_run=False) for name, ends in intervals.items()]
     if law.response == "L" and "L" in quantities and {OPTIMUM.get(key) for key in law.inputs} <= set(quantities):
         best = [intervals[OPTIMUM[key]][0] for key in law.inputs]
         found = [_response(result, "L", best), *(e for e in found if e.name != "L")]
@@ -111,6 +111,15 @@ def _response(result: Result, name: str, inputs: list[float]) -> Estimate:
     known = no_interval_reason(result.fit) is None
     low, high = (float(end[0]) if known else None for end in (prediction.low, prediction.high))
     return Estimate(OPTIMUM.get(name, name), float(prediction.loss[0]), low, high, new_run=True)
+
+
+def _widened(
+    result: Result, value: float, low: float | None, high: float | None
+) -> tuple[float, float | None, float | None]:
+    """Both ends as many times farther, in logs, as larger runs have shown the law's intervals to be short."""
+    factor = result.backtest.inflation
+    below, above = (None if end is None else value * (end / value) ** factor for end in (low, high))
+    return value, below, above
 
 
 def _elsewhere(result: Result) -> str:

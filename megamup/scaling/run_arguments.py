@@ -49,7 +49,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--loss", choices=LOSSES, help="which loss of a run (default valid_loss; loss for laws of whole curves)"
     )
     group.add_argument(
-        "--parameters", choices=PARAMETER_COUNTS, default="non_embedding", help="what N counts in run folders"
+        "--parameters", choices=PARAMETER_COUNTS, help="what N counts in run folders (default non_embedding)"
     )
     group.add_argument(
         "--at",
@@ -83,6 +83,11 @@ def reading_of(arguments: argparse.Namespace) -> Reading:
         raise MegamupError("--runs, --data: both missing; expected run folders or a table")
     if arguments.data and not arguments.columns:
         raise MegamupError("--columns: missing; --data needs its columns named: add --columns C=COLUMN,L=COLUMN")
+    for option, given in (("--loss", arguments.loss), ("--parameters", arguments.parameters)):
+        if given and not arguments.runs:
+            raise MegamupError(
+                f"{option}: {given}: says what is read of run folders; a table's is named by --columns: leave it out"
+            )
     conditions: dict[str, tuple[str, ...]] = {}
     for text in arguments.where:
         column, equals, values = text.partition("=")
@@ -91,7 +96,7 @@ def reading_of(arguments: argparse.Namespace) -> Reading:
         conditions[column] = (*conditions.get(column, ()), *values.split(","))
     return Reading(
         loss=arguments.loss or "valid_loss",
-        parameters=arguments.parameters,
+        parameters=arguments.parameters or PARAMETER_COUNTS[0],
         columns=parse_pairs(arguments.columns, "--columns", "C=flops,L=loss"),
         at=parse_at(arguments.at) if arguments.at else None,
         smoothing=parse_smoothing(arguments.smooth) if arguments.smooth else None,

@@ -275,6 +275,11 @@ def _parts(
         convention = conventions.agreed(table_convention(reading.columns), reading.stated, str(path))
         if curves and convention["loss"].startswith(AS_IN):
             convention["loss"] = reading.loss_meaning(convention["loss"])
+        if reading.smoothing is not None and not curves:
+            raise MegamupError(
+                f"--smooth: {reading.smoothing}: {path} has single points, and no curve to average; leave it out, or "
+                "say which rows are of one run (--columns run=COLUMN) and where to read it (--at)"
+            )
         tracks = tracks_of_rows(rows, str(path)) if curves else []
         parts.append(_Part(str(path), tracks, [] if curves else rows, convention, counted=False))
     found = find_runs(runs)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from megamup.errors import MegamupError
 from megamup.scaling.analysis import Result, analyse
+from megamup.scaling.backtest import Backtest, Trial
 from megamup.scaling.estimate import beyond, estimate, flops_per_product
 from megamup.scaling.laws.loss import CHINCHILLA, power
 from megamup.scaling.runs import Ladder, Point
@@ -87,3 +90,14 @@ def test_other_keys_are_refused_with_those_that_serve(chinchilla: Result) -> Non
 def test_a_loss_below_the_floor_is_refused(chinchilla: Result) -> None:
     with pytest.raises(MegamupError, match=r"--at: L=1: the law .* gives no C.* above its floor"):
         estimate(chinchilla, {"L": 1.0})
+
+
+def test_the_backtest_widens_what_follows_from_the_law_too(chinchilla: Result) -> None:
+    short = Trial("r", 5, 2.0, 2.0, 2.4, 1.9, 2.1, next_rung=True)
+    plain, wider = (replace(chinchilla, backtest=Backtest(trials, 1)) for trials in ((), (short,)))
+    factor = wider.backtest.inflation
+    assert factor > 3
+    for own, wide in zip(estimate(plain, {"C": 1e21}), estimate(wider, {"C": 1e21}), strict=True):
+        assert own.value == wide.value
+        ends = np.array([own.low, own.high, wide.low, wide.high], dtype=np.float64) / own.value
+        assert np.log(ends[2:]) == pytest.approx(factor * np.log(ends[:2]), rel=1e-6)

@@ -121,6 +121,7 @@ def test_warnings_are_printed(tool: ModuleType, capsys: Capture, tmp_path: Path)
 
 
 FIT = ("fit", "--law", "power")
+GRID = [(n, d) for n in (1e6, 1e7, 1e8) for d in (1e8, 1e9, 1e10)]
 
 
 @pytest.mark.parametrize(
@@ -142,6 +143,15 @@ FIT = ("fit", "--law", "power")
             "w64 is one of the fitted runs",
         ),
         (("report", "--fit", "fit.json", "--output", "fit.json/r.html"), "fit.json"),
+        (("fit", "--law", "isoflop", "--x", "N", "--runs", "w64"), "--x: N: is the input of power"),
+        (("fit", "--law", "annealing", "--intervals", "delta", "--runs", "w64"), "--intervals, --critical-batch"),
+        ((*FIT, "--data", "t.csv", "--columns", "C=C,L=L", "--loss", "loss"), "--loss: loss: says what is read of run"),
+        ((*FIT, "--data", "t.csv", "--columns", "C=C,L=L", "--parameters", "total"), "--parameters: total: says what"),
+        ((*FIT, "--runs", "w64", "--critical-batch", "fit.json"), "fit.json is of power; expected critical-batch"),
+        (
+            ("predict", "--fit", "fit.json", "--at", "L=0.5", "--json"),
+            "gives no C there; expected a loss above",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_two(
@@ -194,3 +204,52 @@ def test_it_starts_without_torch_deepspeed_or_matplotlib(start: list[str]) -> No
     imported = {line.rsplit("|", 1)[-1].strip().split(".")[0] for line in done.stderr.splitlines() if "|" in line}
     assert "megamup" in imported
     assert not imported & {"torch", "deepspeed", "matplotlib"}
+
+
+def test_flags_are_refused_where_they_would_do_nothing(tool: ModuleType, capsys: Capture, tmp_path: Path) -> None:
+    table = tmp_path / "runs.csv"
+    table.write_text("N,D,L\n" + "\n".join(f"{n},{d},{5 - 0.1 * i}" for i, (n, d) in enumerate(GRID)))
+    common = ("--data", table, "--columns", "N=N,D=D,L=L")
+    _, _, err = run(tool, capsys, "fit", "--law", "chinchilla", "--x", "N", *common)
+    assert "the law chinchilla is one of N, D; expected no x" in err
+    _, _, err = run(tool, capsys, "fit", "--law", "power", "--smooth", "share=0.1", *common)
+    assert "--smooth: share=0.1" in err
+    assert "single points" in err
+    for option, value, expected in (("--seed", "-1", "from 0 on"), ("--seed", "x", "from 0 on")):
+        with pytest.raises(SystemExit):
+            tool.main(["fit", "--law", "power", option, value, *map(str, common)])
+        assert expected in capsys.readouterr().err
+
+
+def test_runs_get_their_least_compute_from_a_critical_batch(
+    tool: ModuleType, capsys: Capture, ladder: list[Path], tmp_path: Path
+) -> None:
+    """B_crit = 2e8·L^-4.76 as a table of steps; then L(C_min) of runs, C_min = C/(1 + B/B_crit)."""
+    table = tmp_path / "steps.csv"
+    rows = [
+        f"{batch},{1000 * (4 / loss) ** 8 * (1 + 2e8 * loss**-4.76 / batch)},{loss}"
+        for loss in (4.0, 3.5, 3.0)
+        for batch in (4096, 16384, 65536, 262144)
+    ]
+    table.write_text("B,S,L\n" + "\n".join(rows))
+    critical, fitted = tmp_path / "critical.json", tmp_path / "cmin.json"
+    code, _, _ = run(
+        tool,
+        capsys,
+        "fit",
+        "--law",
+        "critical-batch",
+        "--data",
+        table,
+        "--columns",
+        "B=B,S=S,L=L",
+        "--output",
+        critical,
+    )
+    assert code == 0
+    arguments = ("fit", "--law", "kaplan-cmin", "--runs", *ladder, "--critical-batch", critical, "--output", fitted)
+    assert run(tool, capsys, *arguments)[0] == 0
+    for point in json.loads(fitted.read_text())["points"]:
+        inputs, critical_batch = point["inputs"], 2e8 * point["loss"] ** -4.76
+        assert inputs["Cmin"] == pytest.approx(inputs["C"] / (1 + inputs["B"] / critical_batch), rel=1e-5)
+        assert inputs["Smin"] == pytest.approx(inputs["S"] / (1 + critical_batch / inputs["B"]), rel=1e-5)

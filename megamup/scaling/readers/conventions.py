@@ -24,6 +24,8 @@ AS_IN = "as in column "
 
 QUANTITY_OF = {"flops": "C", "parameters": "N", "loss": "L"}
 EXACT, NEAR, FORWARD_SPREAD = 0.01, 0.1, 0.25
+BOTH_PASSES = 4.0
+"""C/(N·D) above which a backward pass was counted: forward alone takes 2, and attention seldom as much again."""
 LEAST = 1.0
 """C/(N·D) below which a unit is wrong: forward alone takes 2, less where N counts tables that are looked up."""
 
@@ -107,6 +109,13 @@ def flops_ratio(n: FloatArray, d: FloatArray, c: FloatArray, convention: Mapping
         raise MegamupError(
             f"--columns: {text}: C looks like 2·N·D, forward only; expected about 6·N·D, as the backward pass costs "
             "twice the forward: give --columns C=3*COLUMN"
+        )
+    forward = np.abs(ratio / 2 - 1) < NEAR
+    if forward.any() and high > BOTH_PASSES:
+        raise MegamupError(
+            f"--columns: {text}: C looks like 2·N·D, forward only, in {int(forward.sum())} of {len(ratio)} points and "
+            "like more in others; expected one way to count: read them as two tables by --where, with C=3*COLUMN for "
+            "the first"
         )
     if low < LEAST:
         raise MegamupError(

@@ -248,3 +248,12 @@ def test_the_ladder_of_olmo(published: Path) -> None:
         "--data", folder / "ladder_losses_all.csv", "--columns", f"run=run,{columns}", *given, "--at", "final"
     )
     assert final.sorted_by("C").losses.tolist() == ends.sorted_by("C").losses.tolist()
+
+
+def test_forward_only_flops_among_others_are_refused(tmp_path: Path) -> None:
+    """Rows counted as 2·N·D and rows counted as 6·N·D in one table are two conventions."""
+    table = tmp_path / "t.csv"
+    rows = [f"{n},{20 * n},{(2, 6)[i % 2] * 20 * n * n},{4 - 0.2 * i}" for i, n in enumerate((1e6, 3e6, 1e7, 3e7, 1e8))]
+    table.write_text("n,d,c,loss\n" + "\n".join(rows))
+    with pytest.raises(MegamupError, match=r"forward only, in 3 of 5 points and like more in others"):
+        load_csv(table, NDC)

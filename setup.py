@@ -46,7 +46,7 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "cuda": ["flash-attn>=2.7", "liger-kernel>=0.5"],
+        "cuda": ["flash-attn>=2.8", "liger-kernel>=0.8.5"],
         "data": ["backports.zstd>=1.0; python_version<'3.14'", "datasets>=4", "pyarrow>=17", "tiktoken>=0.8"],
         "filters": [
             "datatrove>=0.10.1,<0.11",
@@ -59,6 +59,7 @@ setup(
         "log": ["wandb>=0.17", "tensorboard>=2.16"],
         "ray": ["ray>=2.30"],
         "dev": [
+            "liger-kernel>=0.8.5; platform_system=='Linux'",
             "megatron-core>=0.16",
             "mypy>=1.11",
             "psutil",
@@ -66,6 +67,7 @@ setup(
             "ruff>=0.6",
             "scipy-stubs",
             "tensorboard>=2.16",
+            "torchao>=0.14",
             "transformers>=4.45",
             "types-PyYAML",
             "types-tqdm",

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import os
-import platform
 import resource
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from machine import processor
 
 from megamup.data.corpus import Corpus
 from megamup.data.loader import BatchStream
@@ -161,7 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("numpy", "torch", "megatron-core"))
-    print(f"{date.today()}, {os.cpu_count()} cores ({platform.processor() or platform.machine()}), {versions}")
+    print(f"{date.today()}, {os.cpu_count()} cores ({processor()}), {versions}")
     print(f"{options.tokens:,} tokens, batches of {MICRO} x {SEQ_LEN}, median of {options.runs} runs\n")
     print("| ids | loader | M tokens/s | M tokens/s per CPU second |\n|---|---|---|---|")
     worst = float("inf")

@@ -40,6 +40,7 @@ from statistics import median
 from typing import Any
 
 import psutil
+from machine import processor
 
 ROOT = Path(__file__).resolve().parents[1]
 CORPORA = ROOT.parent / "shared" / "corpora"
@@ -340,13 +341,6 @@ def report(results: Results, megabytes: int) -> str:
         *(f"| {who} | {what} | {value:,.1f} | {note} |" for who, what, value, note in results.rows),
     ]
     return "\n".join(lines) + "\n"
-
-
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 def main() -> int:

@@ -34,6 +34,7 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+from machine import processor
 from scipy.optimize import minimize
 
 from megamup.scaling.fit import Fit, fit_law
@@ -221,13 +222,6 @@ def heading(arguments: argparse.Namespace) -> str:
         f"`{command}`, {date.today()}, {len(os.sched_getaffinity(0))} cores of a shared machine ({processor()}), "
         f"Python {platform.python_version()}, {versions}."
     )
-
-
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 def main() -> int:

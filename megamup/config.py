@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError, model_validator
 from megamup import shipped
 from megamup.deepspeed_file import load_deepspeed, zero_stage
 from megamup.errors import MegamupError
-from megamup.sections import Batch, Data, Log, Model, Mup, Optim, Parallel, Run, Schedule, Section, Train
+from megamup.sections import Batch, Data, Kernels, Log, Model, Mup, Optim, Parallel, Run, Schedule, Section, Train
 
 
 class Config(Section):
@@ -32,6 +32,7 @@ class Config(Section):
     schedule: Schedule = Schedule()
     precision: Literal["fp32", "bf16"] = "fp32"
     """``bf16``: matrix products in bf16; master weights, gradient accumulation and optimizer in fp32."""
+    kernels: Kernels = Kernels()
     deepspeed: str = "ds_configs/zero0.json"
     """A DeepSpeed config with ZeRO keys; everything else belongs to this config."""
     log: Log = Log()
@@ -63,6 +64,7 @@ class Config(Section):
                     f"model.{key}={size} is not divisible by parallel.tensor={tensor}; "
                     f"the next that is: {-(-size // tensor) * tensor}"
                 )
+        self.check_stretches()
         if model.n_layers < pipeline:
             raise ValueError(
                 f"model.n_layers={model.n_layers} is less than parallel.pipeline={pipeline}: "
@@ -81,6 +83,16 @@ class Config(Section):
             )
         if (self.train.eval_every or self.train.eval_sequences) and self.data.valid is None:
             raise ValueError("train.eval_every and train.eval_sequences need data.valid, a held-out shard prefix")
+        if self.kernels.matmul == "fp8" and self.precision != "bf16":
+            raise ValueError(
+                f"kernels.matmul=fp8 gives bf16, but precision is {self.precision}: set precision=bf16 or "
+                "kernels.matmul=torch"
+            )
+        if self.train.profile is not None and not self.train.profile[0] <= self.train.profile[1] <= self.train.steps:
+            raise ValueError(
+                f"train.profile={list(self.train.profile)}: expected its first and last step, in this order, neither "
+                f"above train.steps={self.train.steps}"
+            )
         stage = self.zero_stage  # reads the file, so that a wrong one is found here
         if pipeline > 1 and stage > 1:
             raise ValueError(
@@ -89,6 +101,24 @@ class Config(Section):
                 "accumulation); use ds_configs/zero1.json or pipeline=1"
             )
         return self
+
+    def check_stretches(self) -> None:
+        """What cuts the sequence must divide it, and context ranks share out a tensor rank's heads."""
+        tensor, context = self.parallel.tensor, self.parallel.context
+        for key in ("n_heads", "n_kv_heads"):
+            heads = getattr(self.model, key)
+            if heads % (tensor * context):
+                raise ValueError(
+                    f"model.{key}={heads} is not divisible by parallel.tensor={tensor} x parallel.context={context}: "
+                    "each rank attends with whole heads; use fewer context ranks, or more heads"
+                )
+        stretches = context * (tensor if self.parallel.sequence else 1)
+        if self.seq_len % stretches:
+            raise ValueError(
+                f"data.seq_len={self.seq_len} can't be cut into {stretches} equal stretches (parallel.context={context}"
+                f"{f' x tensor={tensor}, as parallel.sequence=true' if self.parallel.sequence else ''}); "
+                f"the next that can: {-(-self.seq_len // stretches) * stretches}"
+            )
 
 
 def micro_batches(config: Config, world_size: int) -> tuple[int, int]:

@@ -61,7 +61,7 @@ def load_deepspeed(name: str) -> dict[str, Any]:
                 + (f"; did you mean {near[0]}?" if near else f"; expected {', '.join(ALLOWED_KEYS)}")
             )
     try:
-        zero_stage(keys)
+        check_offload(keys, zero_stage(keys))
     except ValueError as error:
         raise ValueError(f"deepspeed={name}: {error}") from None
     return keys
@@ -74,3 +74,23 @@ def zero_stage(keys: dict[str, Any]) -> int:
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         raise ValueError(f"zero_optimization.stage={stage!r}: expected 0, 1, 2 or 3")
     return int(stage)
+
+
+def offloads_optimizer(keys: dict[str, Any]) -> bool:
+    """Whether the optimizer's state, and with it its step, is on the host."""
+    section = keys.get("zero_optimization")
+    return isinstance(section, dict) and device_of(section, "offload_optimizer") != "none"
+
+
+def device_of(section: dict[str, Any], key: str) -> str:
+    """Where ``offload_optimizer`` or ``offload_param`` puts it; ``none``: it stays."""
+    found = section.get(key)
+    return str(found.get("device", "none")) if isinstance(found, dict) else "none"
+
+
+def check_offload(keys: dict[str, Any], stage: int) -> None:
+    """Raises ValueError where DeepSpeed would ignore what is to be offloaded."""
+    section = keys.get("zero_optimization")
+    for key, least in (("offload_optimizer", 1), ("offload_param", 3)):
+        if isinstance(section, dict) and device_of(section, key) != "none" and stage < least:
+            raise ValueError(f"zero_optimization.{key} has no effect at stage {stage}; it needs stage {least} or more")

@@ -82,5 +82,9 @@ def known_peak(device_name: str, precision: str) -> float | None:
 
 
 def mfu_percent(tokens_per_s: float, model: Model, seq_len: int, peak_flops: float) -> float:
-    """Model FLOPs utilization as PaLM defines it: achieved over possible tokens per second, over all devices."""
+    """Model FLOPs utilization as PaLM defines it: achieved over possible tokens per second, over all devices.
+
+    Where some products are in 8-bit floats the peak stays bf16's, so that MFU goes up as tokens per second do; products
+    of two peaks have no MFU of their own (torchtitan reports none for them).
+    """
     return 100.0 * tokens_per_s * flops_per_token(model, seq_len, "palm") / peak_flops

@@ -189,16 +189,51 @@ class Mup(Section):
 class Parallel(Section):
     tensor: Positive = 1
     pipeline: Positive = 1
+    context: Positive = 1
+    """Ranks that share a sequence (DeepSpeed-Ulysses, Jacobs et al. 2023): each holds a stretch of it, and attention
+    exchanges stretches for heads. For sequences whose activations don't fit on one rank."""
+    sequence: bool = False
+    """Between the tensor-parallel regions each tensor rank keeps its stretch of the sequence only (Korthikanti et al.
+    2022): norms and residual stream take 1/tensor of the memory, at the same traffic."""
 
     def data(self, world_size: int) -> int:
         """Number of data-parallel replicas among ``world_size`` ranks."""
-        model_ranks = self.tensor * self.pipeline
+        model_ranks = self.tensor * self.pipeline * self.context
         if world_size % model_ranks:
+            context = f" x context={self.context}" if self.context > 1 else ""
             raise MegamupError(
-                f"parallel: tensor={self.tensor} x pipeline={self.pipeline} = {model_ranks} ranks a replica, but "
-                f"{world_size} ranks were started, which is no multiple; start a multiple of {model_ranks}"
+                f"parallel: tensor={self.tensor} x pipeline={self.pipeline}{context} = {model_ranks} ranks a replica, "
+                f"but {world_size} ranks were started, which is no multiple; start a multiple of {model_ranks}"
             )
         return world_size // model_ranks
+
+    @model_validator(mode="after")
+    def check_sequence(self) -> Parallel:
+        if self.sequence and self.tensor == 1:
+            raise ValueError("sequence=true has no effect with tensor=1: there is no tensor rank to share it with")
+        return self
+
+
+class Kernels(Section):
+    """The backend of each operation, chosen once at the start and written to environment.json. A backend that this
+    machine can't run is an error that says why; ``auto`` takes the fastest that it can."""
+
+    attention: Literal["auto", "flash_attn", "sdpa", "flex", "reference"] = "auto"
+    norm: Literal["auto", "liger", "torch", "reference"] = "auto"
+    mlp: Literal["auto", "liger", "torch", "reference"] = "auto"
+    """SwiGLU and GELU."""
+    rotary: Literal["auto", "liger", "torch", "reference"] = "auto"
+    cross_entropy: Literal["auto", "fused", "liger", "reference"] = "auto"
+    """``fused`` and ``liger``: readout and loss in one, a few rows at a time, so that full logits never exist."""
+    optimizer: Literal["auto", "torch", "deepspeed"] = "auto"
+    """``torch``: its fused AdamW; ``deepspeed``: FusedAdam on CUDA, DeepSpeedCPUAdam where ZeRO offloads."""
+    matmul: Literal["torch", "fp8"] = "torch"
+    """``fp8``: products of the blocks' linear layers in 8-bit floats, each tensor scaled by its largest element at each
+    use (torchao's ``tensorwise`` recipe); needs ``precision: bf16`` and an Ada or Hopper GPU or later. A CPU emulates
+    it: the same numbers, no faster."""
+    compile: bool = False
+    """Compile each block as a region of its own (torch.compile): one graph for all layers, fixed shapes. Costs a minute
+    at the first start; kept between runs."""
 
 
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -296,6 +331,12 @@ class Train(Section):
     """Sequences of an evaluation, from the start of ``data.valid``, rounded up to whole batches; default all."""
     save_every: NonNegative = 0
     """Steps between checkpoints; 0: none. Otherwise the last step is saved too."""
+    recompute: Literal["none", "selective", "full"] | Positive = "none"
+    """Activations that the backward pass computes again instead of keeping them. ``selective``: all but the results of
+    matrix products and attention; ``full``: all but a block's input; a number k: all but that of every k-th block."""
+    profile: tuple[Positive, Positive] | None = None
+    """First and last step of a profile, such as ``[10, 15]``: a trace, where the time went, and memory over time, in
+    the run's folder under ``profile/``."""
     monitor_every: NonNegative = 100
     """Steps between measurements of what μP keeps (updates, logits, activations; megamup/train/monitor.py); 0: none."""
     flops_convention: Literal["6N", "palm", "chinchilla", "chinchilla_non_embedding"] = "palm"

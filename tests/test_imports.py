@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # config <- mup, flops <- plan, scaling | parallel, kernels <- models <- train <- launch, tools
 GROUND = {"errors", "files", "shipped", "deepspeed_file"}
-TABLE = GROUND | {"sections", "config", "parameters", "scales", "mup", "umup", "flops"}
+TABLE = GROUND | {"sections", "config", "parameters", "scales", "mup", "umup", "flops", "cluster"}
 MODELS = TABLE | {"parallel", "kernels"}
 TRAIN = MODELS | {"models", "data"}
 TOP = TRAIN | {"train", "plan", "page", "convert", "scaling", "sweep", "experiments", "cli"}
@@ -30,14 +30,15 @@ ALLOWED: dict[str, set[str]] = {
     "umup": GROUND | {"sections", "config", "parameters", "scales"},
     "mup": GROUND | {"sections", "config", "parameters", "scales", "umup"},
     "flops": GROUND | {"sections", "config", "parameters"},
+    "cluster": GROUND | {"sections", "config", "parameters", "flops"},
     "plan": TABLE,
     "page": set(),
     "scaling": TABLE | {"page"},
-    "parallel": TABLE,
+    "parallel": TABLE | {"kernels"},
     "kernels": TABLE,
     "data": {"errors", "files", "config"},
     "models": MODELS,
-    "train": TRAIN | {"scaling"},
+    "train": TRAIN | {"scaling", "page"},
     "convert": TABLE,
     "sweep": TOP,
     "experiments": TOP,
@@ -59,7 +60,7 @@ TORCH_FREE = {
     "mup",
     "umup",
 }
-TORCH_FREE |= {"flops", "plan", "cli"}
+TORCH_FREE |= {"flops", "cluster", "plan", "cli"}
 TORCH_FREE |= {"shipped", "sweep", "page", "scaling", "experiments", "convert", "data"}
 WITH_TORCH = {"data.loader"}
 HEAVY = {"torch", "deepspeed", "optuna"}

@@ -17,8 +17,8 @@ from megamup import mup
 from megamup.config import Config, config_from
 from megamup.models import decoder
 from megamup.models.blocks import Block
-from megamup.models.decoder import Decoder, build_decoder
-from megamup.parallel.layers import spec_of, vocab_parallel_logits
+from megamup.models.decoder import Decoder, build_decoder, tied_readout
+from megamup.parallel.layers import spec_of
 from megamup.parallel.loss import vocab_parallel_cross_entropy
 from megamup.parallel.mesh import SINGLE, Axis, Mesh, build_mesh
 from megamup.parameters import Axis as RatioAxis
@@ -70,7 +70,7 @@ def step_of_shards(config: Config, mesh: Mesh) -> tuple[Weights, Weights]:
 
 def step_of_rank(config: Config) -> tuple[Weights, Weights]:
     distributed.join()
-    return step_of_shards(config, build_mesh(config.parallel.tensor, 1))
+    return step_of_shards(config, build_mesh(config.parallel))
 
 
 def gathered(config: Config, ranks: list[Weights]) -> Weights:
@@ -175,8 +175,8 @@ def test_readout_multiplier_twice_through_tying(monkeypatch: pytest.MonkeyPatch,
     torch.testing.assert_close(ratio, torch.ones_like(ratio))
     monkeypatch.setattr(
         decoder,
-        "vocab_parallel_logits",
-        lambda x, weight, multiplier, axis: multiplier * vocab_parallel_logits(x, weight, multiplier, axis),
+        "tied_readout",
+        lambda loss, multiplier, *rest: tied_readout(loss, multiplier * multiplier, *rest),
     )
     ratio = logits_over_reference(arch)
     torch.testing.assert_close(ratio, torch.full_like(ratio, 1 / N))

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from megamup.cli import report_errors
+from megamup.cluster import parse_cluster
 from megamup.config import load_config, split_arguments
 from megamup.errors import MegamupError
 from megamup.files import write_json_atomic, write_text_atomic
 from megamup.parameters import count
-from megamup.scaling.allocation import parse_cluster
 from megamup.scaling.analysis import AUTO, Result, analyse, analyse_reduced, check_names, is_reduced, laws_named
 from megamup.scaling.critical_batch import apply_critical_batch
 from megamup.scaling.curve_fit import (

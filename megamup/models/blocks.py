@@ -5,22 +5,22 @@ Modules that compute something of their own have a ``name``, the same in every l
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megamup.kernels.attention import attention
-from megamup.kernels.rotary import rotate
-from megamup.parallel.collectives import copy_to_axis
+from megamup.kernels.attention import CAUSAL
+from megamup.kernels.attention import Attention as AttentionKernel
+from megamup.models.recompute import Recompute
+from megamup.parallel.collectives import exchange
 from megamup.parallel.layers import (
     ColumnParallelLinear,
     Context,
     RowParallelLinear,
     VocabParallelEmbedding,
+    column_parallel,
+    on_stretch,
     scaled,
-    vocab_parallel_logits,
 )
+from megamup.parallel.loss import CrossEntropy, Labels, Unread
 from megamup.scales import BlockScales, Branch
 from megamup.sections import Model
 
@@ -33,75 +33,87 @@ class TokenEmbedding(VocabParallelEmbedding):
 
 
 class PositionEmbedding(nn.Module):
-    """Adds learned positions: (batch, seq, d_model) -> the same."""
+    """Adds learned positions: (batch, seq, d_model), or a stretch of it, -> the same."""
 
     name = "embedding.position"
 
     def __init__(self, context: Context) -> None:
         super().__init__()
+        self.mesh, self.output_is_sharded = context.mesh, context.mesh.sequence
         self.weight = context.parameter("embedding.position")
         self.multiplier = context.table["embedding.position"].multiplier
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + scaled(self.weight[: x.shape[1]].to(x.dtype), self.multiplier)
+        start = self.mesh.stretch * x.shape[1]
+        rows = on_stretch(self.weight, self.mesh)[start : start + x.shape[1]]
+        return x + scaled(rows.to(x.dtype), self.multiplier)
 
 
 class Norm(nn.Module):
-    """LayerNorm (gpt) or RMSNorm (llama) over d_model, every rank the whole."""
+    """LayerNorm (gpt) or RMSNorm (llama) over d_model: (batch, seq, d_model), or a stretch of it, -> the same."""
 
     def __init__(self, context: Context, model: Model, name: str) -> None:
         super().__init__()
-        self.name = name
+        self.name, self.mesh, self.kernels = name, context.mesh, context.kernels
+        self.output_is_sharded = context.mesh.sequence
         self.weight = context.parameter(f"{name}.weight")
         self.bias = context.optional(f"{name}.bias")
         self.centred, self.eps = model.arch == "gpt", model.norm_eps
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.to(x.dtype)
+        weight = on_stretch(self.weight, self.mesh).to(x.dtype)
         if not self.centred:
-            return F.rms_norm(x, weight.shape, weight, self.eps)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.layer_norm(x, weight.shape, weight, bias, self.eps)
+            return self.kernels.rms_norm(x, weight, self.eps)
+        bias = None if self.bias is None else on_stretch(self.bias, self.mesh).to(x.dtype)
+        return self.kernels.layer_norm(x, weight, bias, self.eps)
 
 
 class CoreAttention(nn.Module):
-    """Mix values by softmax(scale · q·k): (batch, heads / tensor, seq, d_head) -> the same as queries."""
+    """Mix values by softmax(scale · q·k): (batch, heads / ranks, seq, d_head) -> the same as queries."""
 
     output_is_sharded = True
 
-    def __init__(self, name: str, scales: BlockScales) -> None:
+    def __init__(self, name: str, scales: BlockScales, attention: AttentionKernel) -> None:
         super().__init__()
         self.name, self.scale, self.gain = name, scales.attention_logits, scales.attention_output
+        self.attention = attention
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return scaled(attention(query, key, value, self.scale), self.gain)
+        return scaled(self.attention(query, key, value, self.scale, CAUSAL), self.gain)
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention; a tensor rank holds whole heads."""
+    """Causal grouped-query attention; a tensor rank holds whole heads.
+
+    Between context ranks, each of which has a stretch of the sequence, stretches are exchanged for heads and back
+    (Jacobs et al. 2023): a rank attends over the whole sequence with heads / (tensor · context) heads.
+    """
+
+    HEADS, SEQ = 1, 2
 
     def __init__(self, context: Context, model: Model, name: str, scales: BlockScales) -> None:
         super().__init__()
-        self.axis, self.d_head = context.mesh.tensor, model.d_head
+        self.mesh, self.kernels, self.d_head = context.mesh, context.kernels, model.d_head
         self.theta = model.rope_theta if model.arch == "llama" else None
         self.query = ColumnParallelLinear(context, f"{name}.query")
         self.key = ColumnParallelLinear(context, f"{name}.key")
         self.value = ColumnParallelLinear(context, f"{name}.value")
-        self.core = CoreAttention(f"{name}.core", scales)
+        self.core = CoreAttention(f"{name}.core", scales, context.kernels.attention)
         self.output = RowParallelLinear(context, f"{name}.output")
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, seq, _ = x.shape
-        x = copy_to_axis(x, self.axis)
-
-        def heads(y: Tensor) -> Tensor:  # (batch, seq, heads · d_head) -> (batch, heads, seq, d_head)
-            return y.view(batch, seq, -1, self.d_head).transpose(1, 2)
-
-        query, key, value = heads(self.query(x)), heads(self.key(x)), heads(self.value(x))
+        projected = column_parallel(x, (self.query, self.key, self.value), self.mesh, self.kernels)
+        query, key, value = (self.heads(y) for y in projected)
         if self.theta is not None:
-            query, key = rotate(query, self.theta), rotate(key, self.theta)
-        mixed = self.core(query, key, value)  # (batch, heads / tensor, seq, d_head)
-        return self.output(mixed.transpose(1, 2).reshape(batch, seq, -1))  # type: ignore[no-any-return]
+            query, key = self.kernels.rotate(query, key, self.theta)
+        mixed = self.core(query, key, value)  # (batch, heads / ranks, seq, d_head)
+        mixed = exchange(mixed, self.mesh.context, cut=self.SEQ, joined=self.HEADS)
+        return self.output(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    def heads(self, y: Tensor) -> Tensor:
+        """(batch, stretch, heads · d_head) -> (batch, heads / context, seq, d_head)"""
+        y = y.unflatten(-1, (-1, self.d_head)).transpose(1, 2)
+        return exchange(y, self.mesh.context, cut=self.HEADS, joined=self.SEQ)
 
 
 class Mlp(nn.Module):
@@ -109,36 +121,43 @@ class Mlp(nn.Module):
 
     def __init__(self, context: Context, model: Model, name: str, scales: BlockScales) -> None:
         super().__init__()
-        self.axis = context.mesh.tensor
+        self.mesh, self.kernels = context.mesh, context.kernels
         self.temper, self.gain = scales.activation_input, scales.activation_output
         self.gate = ColumnParallelLinear(context, f"{name}.gate") if model.arch == "llama" else None
         self.up = ColumnParallelLinear(context, f"{name}.up")
         self.down = RowParallelLinear(context, f"{name}.down")
 
     def forward(self, x: Tensor) -> Tensor:
-        x = copy_to_axis(x, self.axis)
-        up = self.up(x)  # (batch, seq, d_ff / tensor)
-        inner = self.activated(F.gelu, up) if self.gate is None else self.activated(F.silu, self.gate(x)) * up
-        return self.down(scaled(inner, self.gain))  # type: ignore[no-any-return]
+        layers = (self.up,) if self.gate is None else (self.up, self.gate)
+        projected = column_parallel(x, layers, self.mesh, self.kernels)  # each (batch, seq, d_ff / tensor)
+        return self.down(self.activated(*projected))  # type: ignore[no-any-return]
 
-    def activated(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def activated(self, up: Tensor, gate: Tensor | None = None) -> Tensor:
         """f(m·x)/m: u-μP's m is how far from linear f is."""
-        return scaled(function(scaled(x, self.temper)), 1 / self.temper)
+        if gate is None:
+            inner = self.kernels.gelu(scaled(up, self.temper))
+        else:
+            inner = self.kernels.swiglu(scaled(gate, self.temper), up)
+        return scaled(inner, self.gain / self.temper)
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: (batch, seq, d_model) -> the same."""
+    """Pre-norm transformer block: (batch, seq, d_model), or a stretch of it, -> the same."""
 
-    def __init__(self, context: Context, model: Model, layer: int, scales: BlockScales) -> None:
+    def __init__(self, context: Context, model: Model, layer: int, scales: BlockScales, recompute: Recompute) -> None:
         super().__init__()
         self.name = name = f"blocks.{layer}"
+        self.output_is_sharded = context.mesh.sequence
         self.attention_norm = Norm(context, model, f"{name}.attention_norm")
         self.attention = Attention(context, model, f"{name}.attention", scales)
         self.mlp_norm = Norm(context, model, f"{name}.mlp_norm")
         self.mlp = Mlp(context, model, f"{name}.mlp", scales)
-        self.scales = scales
+        self.scales, self.recompute = scales, recompute
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.recompute(self.transform, x)
+
+    def transform(self, x: Tensor) -> Tensor:
         x = joined(x, self.attention(self.attention_norm(x)), self.scales.attention)
         return joined(x, self.mlp(self.mlp_norm(x)), self.scales.mlp)
 
@@ -148,16 +167,16 @@ def joined(x: Tensor, added: Tensor, at: Branch) -> Tensor:
 
 
 class Readout(nn.Module):
-    """(batch, seq, d_model) -> (batch, seq, vocab / tensor)."""
+    """Final hidden states to logits, or with labels straight to their loss: (batch, seq, d_model), or a stretch."""
 
     name = "readout"
-    output_is_sharded = True
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, loss: CrossEntropy) -> None:
         super().__init__()
-        self.axis = context.mesh.tensor
+        self.mesh, self.loss = context.mesh, loss
         self.weight = context.parameter("readout.weight")
         self.multiplier = context.table["readout.weight"].multiplier
 
-    def forward(self, x: Tensor) -> Tensor:
-        return vocab_parallel_logits(x, self.weight, self.multiplier, self.axis)
+    def forward(self, x: Tensor, labels: Labels | None = None) -> Unread | Tensor:
+        unread = Unread(x, self.weight, self.multiplier, self.mesh)
+        return unread if labels is None else self.loss(unread, labels)

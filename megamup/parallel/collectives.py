@@ -1,17 +1,28 @@
-"""Collectives over the tensor axis as autograd pairs: what goes forward, and its adjoint coming back.
+"""Collectives as autograd pairs: what goes forward, and its adjoint coming back.
 
-(Shoeybi et al. 2019, Megatron-LM, section 3: the conjugate operators f and g.)
+Over the tensor axis (Shoeybi et al. 2019, Megatron-LM, section 3; with sequence parallelism Korthikanti et al. 2022,
+section 4.2.2) and over the context axis (Jacobs et al. 2023, DeepSpeed-Ulysses). They are torch's functional
+collectives: started here and waited for there, so that something can be computed in between, and taken into its graph
+by torch.compile, which moves the waiting itself.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives  # defines the operators
+import torch.nn.functional as F
 from torch import Tensor
 
 from megamup.parallel.mesh import Axis
+
+SEQ = 1
+"""The dim of positions in (batch, seq, ...)."""
+Pending = Callable[[], Tensor]
+"""A collective that was started: a call waits for it."""
 
 
 def all_reduce(x: Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM) -> Tensor:
@@ -21,6 +32,41 @@ def all_reduce(x: Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM) -> Tensor:
     x = x.detach().clone(memory_format=torch.contiguous_format)
     dist.all_reduce(x, op=op, group=axis.group)
     return x
+
+
+# ------------------------------------------------------------------- started, outside autograd
+
+
+def start_all_reduce(x: Tensor, axis: Axis) -> Pending:
+    """The ranks' sum, the same on each."""
+    started = torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", axis.name)
+    return lambda: cast(Tensor, torch.ops._c10d_functional.wait_tensor(started))
+
+
+def start_all_gather(x: Tensor, axis: Axis) -> Pending:
+    """The ranks' stretches in order: (batch, seq / size, ...) -> (batch, seq, ...)."""
+    first = x.transpose(0, SEQ).contiguous()  # the stretches follow each other in memory; free where batch = 1
+    started = torch.ops._c10d_functional.all_gather_into_tensor(first, axis.size, axis.name)
+    return lambda: cast(Tensor, torch.ops._c10d_functional.wait_tensor(started)).transpose(0, SEQ)
+
+
+def start_reduce_scatter(x: Tensor, axis: Axis) -> Pending:
+    """This rank's stretch of the ranks' sum: (batch, seq, ...) -> (batch, seq / size, ...)."""
+    first = x.transpose(0, SEQ).contiguous()
+    started = torch.ops._c10d_functional.reduce_scatter_tensor(first, "sum", axis.size, axis.name)
+    # Contiguous, as pipeline stages send what lies in memory.
+    return lambda: cast(Tensor, torch.ops._c10d_functional.wait_tensor(started)).transpose(0, SEQ).contiguous()
+
+
+def all_to_all(x: Tensor, axis: Axis, cut: int, joined: int) -> Tensor:
+    """Cut dim ``cut`` into a part for each rank, and join what the ranks send along dim ``joined``."""
+    parts = torch.stack(x.chunk(axis.size, cut))  # (rank, ..., cut / size, ...)
+    even = [1] * axis.size
+    received = torch.ops._c10d_functional.all_to_all_single(parts, even, even, axis.name)
+    return torch.cat(torch.ops._c10d_functional.wait_tensor(received).unbind(), joined)
+
+
+# ------------------------------------------------------------------- autograd pairs
 
 
 class _Copy(torch.autograd.Function):
@@ -33,7 +79,7 @@ class _Copy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return all_reduce(grads[0], ctx.axis), None
+        return start_all_reduce(grads[0], ctx.axis)(), None
 
 
 class _Reduce(torch.autograd.Function):
@@ -41,18 +87,117 @@ class _Reduce(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        return all_reduce(x, axis)
+        return start_all_reduce(x, axis)()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0], None
 
 
+class _Gather(torch.autograd.Function):
+    """Forward: all stretches. Backward: this rank's stretch of the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return start_all_gather(x, axis)()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return start_reduce_scatter(grads[0], ctx.axis)(), None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    """Forward: this rank's stretch of the sum. Backward: all stretches."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return start_reduce_scatter(x, axis)()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return start_all_gather(grads[0], ctx.axis)(), None
+
+
+class _Exchange(torch.autograd.Function):
+    """Forward: all-to-all. Backward: the all-to-all that undoes it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, cut: int, joined: int) -> Tensor:
+        ctx.axis, ctx.cut, ctx.joined = axis, cut, joined
+        return all_to_all(x, axis, cut, joined)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return all_to_all(grads[0], ctx.axis, ctx.joined, ctx.cut), None, None, None
+
+
+class _ColumnProducts(torch.autograd.Function):
+    """Products of one input with several column-parallel weights, the tensor axis's traffic behind products.
+
+    Backward, the sum of the input's gradient over the axis runs while the weights' gradients are computed; with
+    ``sequence`` the input is kept as this rank's stretch and gathered again while its gradient is computed.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, sequence: bool, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.axis, ctx.sequence = axis, sequence
+        ctx.save_for_backward(x, *weights)
+        whole = start_all_gather(x, axis)() if sequence else x
+        return tuple(F.linear(whole, weight) for weight in weights)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        gathering = start_all_gather(x, ctx.axis) if ctx.sequence else lambda: x
+        gradient = grads[0] @ weights[0]
+        for grad, weight in zip(grads[1:], weights[1:], strict=True):
+            gradient = gradient + grad @ weight
+        reducing = (start_reduce_scatter if ctx.sequence else start_all_reduce)(gradient, ctx.axis)
+        whole = gathering()
+        seq_first = whole.stride(0) < whole.stride(SEQ)  # as a gathered one is: rows in that order need no copy
+        rows = in_rows(whole, seq_first)
+        of_weights = [in_rows(grad, seq_first).t() @ rows for grad in grads]
+        return reducing(), None, None, *of_weights
+
+
+def in_rows(x: Tensor, seq_first: bool) -> Tensor:
+    """(batch, seq, d) -> (batch · seq, d), or the same rows with positions outermost."""
+    return (x.transpose(0, SEQ) if seq_first else x).flatten(0, 1)
+
+
 def copy_to_axis(x: Tensor, axis: Axis) -> Tensor:
-    """Enter a sharded region: each rank uses ``x`` for its own share, so the gradients add up."""
+    """Enter a sharded region: each rank uses ``x`` for its own share, so the gradients add up.
+
+    Likewise for a replicated parameter that each rank applies to its own stretch of the sequence.
+    """
     return x if axis.size == 1 else cast(Tensor, _Copy.apply(x, axis))  # type: ignore[no-untyped-call]
 
 
-def reduce_from_axis(x: Tensor, axis: Axis) -> Tensor:
-    """Leave a sharded region: the ranks' partial sums become the whole on each of them."""
-    return x if axis.size == 1 else cast(Tensor, _Reduce.apply(x, axis))  # type: ignore[no-untyped-call]
+def enter(x: Tensor, axis: Axis, sequence: bool) -> Tensor:
+    """Enter a sharded region: (batch, seq, ...) or, with ``sequence``, a stretch of it in; (batch, seq, ...) out."""
+    if axis.size > 1 and sequence:
+        return cast(Tensor, _Gather.apply(x, axis))  # type: ignore[no-untyped-call]
+    return copy_to_axis(x, axis)
+
+
+def leave(x: Tensor, axis: Axis, sequence: bool) -> Tensor:
+    """Leave a sharded region: the ranks' partial sums become the whole, or with ``sequence`` its stretch on each."""
+    if axis.size == 1:
+        return x
+    return cast(Tensor, (_ReduceScatter if sequence else _Reduce).apply(x, axis))  # type: ignore[no-untyped-call]
+
+
+def column_products(x: Tensor, weights: tuple[Tensor, ...], axis: Axis, sequence: bool) -> tuple[Tensor, ...]:
+    """``x Wᵀ`` for every weight, entering the sharded region once: (batch, seq, d_in) -> (batch, seq, d_out / size)."""
+    if axis.size == 1:
+        return tuple(F.linear(x, weight) for weight in weights)
+    return cast("tuple[Tensor, ...]", _ColumnProducts.apply(x, axis, sequence, *weights))  # type: ignore[no-untyped-call]
+
+
+def exchange(x: Tensor, axis: Axis, cut: int, joined: int) -> Tensor:
+    """Hold less of dim ``cut`` and all of dim ``joined``, of which each rank of the axis had a stretch."""
+    if axis.size == 1:
+        return x
+    return cast(Tensor, _Exchange.apply(x, axis, cut, joined))  # type: ignore[no-untyped-call]

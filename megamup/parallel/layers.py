@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megamup.parallel.collectives import copy_to_axis, reduce_from_axis
+from megamup.kernels.choice import Kernels
+from megamup.parallel.collectives import column_products, copy_to_axis, enter, leave
 from megamup.parallel.init import initial_shard, shard_bounds
 from megamup.parallel.mesh import Axis, Mesh
 from megamup.parameters import Parameter
@@ -24,7 +25,7 @@ from megamup.scales import Scales
 
 @dataclass(frozen=True)
 class Context:
-    """What every layer is built from: the inventory, the table, the seed and this rank's place."""
+    """What every layer is built from: the inventory, the table, the seed, this rank's place and the kernels."""
 
     inventory: Mapping[str, Parameter]
     table: Mapping[str, Scales]
@@ -32,6 +33,7 @@ class Context:
     mesh: Mesh
     dtype: torch.dtype
     """Type of the activations."""
+    kernels: Kernels
 
     def parameter(self, name: str) -> nn.Parameter:
         """Build this rank's shard of the parameter called ``name``, with the inventory's entry on it."""
@@ -70,18 +72,10 @@ def scaled(x: Tensor, multiplier: float) -> Tensor:
     return x if multiplier == 1.0 else x * multiplier
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, multiplier: float) -> Tensor:
-    """``multiplier * x Wᵀ + bias``: the forward multiplier belongs to the weight, not to the bias."""
-    if multiplier == 1.0 or bias is None:
-        y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        return scaled(y, multiplier)
-    return F.linear(x, weight.to(x.dtype)) * multiplier + bias.to(x.dtype)
-
-
 class ColumnParallelLinear(nn.Module):
-    """Y = X Wᵀ with the outputs cut: (..., d_in) -> (..., d_out / tensor).
+    """Y = X Wᵀ with the outputs cut: (batch, seq, d_in) -> (batch, seq, d_out / tensor); see `column_parallel`.
 
-    The caller has entered the sharded region once (`copy_to_axis`) for all column layers that share an input.
+    Called with X Wᵀ, it adds what is its own: the forward multiplier, which belongs to the weight, and the bias.
     """
 
     output_is_sharded = True
@@ -93,44 +87,61 @@ class ColumnParallelLinear(nn.Module):
         self.bias = context.optional(f"{name}.bias")
         self.multiplier = context.table[f"{name}.weight"].multiplier
 
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias, self.multiplier)
+    def forward(self, product: Tensor) -> Tensor:
+        y = scaled(product, self.multiplier)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+def column_parallel(x: Tensor, layers: tuple[ColumnParallelLinear, ...], at: Mesh, kernels: Kernels) -> list[Tensor]:
+    """Apply column layers that share an input, entering the sharded region once for all."""
+    weights = tuple(layer.weight.to(x.dtype) for layer in layers)
+    if kernels.names["matmul"] == "torch":
+        products = column_products(x, weights, at.tensor, at.sequence)
+    else:
+        x = enter(x, at.tensor, at.sequence)
+        products = tuple(kernels.linear(x, weight) for weight in weights)
+    return [layer(product) for layer, product in zip(layers, products, strict=True)]
 
 
 class RowParallelLinear(nn.Module):
-    """Y = sum over ranks of X Wᵀ with the inputs cut: (..., d_in / tensor) -> (..., d_out), whole on every rank."""
+    """Y = sum over ranks of X Wᵀ with the inputs cut: (batch, seq, d_in / tensor) -> (batch, seq, d_out), the whole on
+    every rank, or its stretch of the sequence."""
 
     def __init__(self, context: Context, name: str) -> None:
         super().__init__()
-        self.name, self.axis = name, context.mesh.tensor
+        self.name, self.mesh, self.linear = name, context.mesh, context.kernels.linear
+        self.output_is_sharded = context.mesh.sequence
         self.weight = context.parameter(f"{name}.weight")
         self.bias = context.optional(f"{name}.bias")
         self.multiplier = context.table[f"{name}.weight"].multiplier
 
     def forward(self, x: Tensor) -> Tensor:
-        y = reduce_from_axis(linear(x, self.weight, None, self.multiplier), self.axis)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        partial = scaled(self.linear(x, self.weight.to(x.dtype)), self.multiplier)
+        y = leave(partial, self.mesh.tensor, self.mesh.sequence)
+        return y if self.bias is None else y + on_stretch(self.bias, self.mesh).to(y.dtype)
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Token embedding with the vocabulary cut: (batch, seq) -> (batch, seq, d_model), whole on every rank."""
+    """Token embedding with the vocabulary cut: (batch, seq) -> (batch, seq, d_model), the whole on every rank, or its
+    stretch of the sequence."""
 
     def __init__(self, context: Context, name: str) -> None:
         super().__init__()
-        self.name, self.axis, self.dtype = name, context.mesh.tensor, context.dtype
+        self.name, self.mesh, self.dtype = name, context.mesh, context.dtype
+        self.output_is_sharded = context.mesh.sequence
         self.weight = context.parameter(name)
         self.multiplier = context.table[name].multiplier
-        self.start, self.stop = shard_bounds(context.inventory[name], self.axis)
+        self.start, self.stop = shard_bounds(context.inventory[name], self.mesh.tensor)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        if self.axis.size == 1:
+        if self.mesh.tensor.size == 1:
             return scaled(F.embedding(tokens, self.weight).to(self.dtype), self.multiplier)
         elsewhere = (tokens < self.start) | (tokens >= self.stop)
         local = (tokens - self.start).masked_fill(elsewhere, 0)
         rows = F.embedding(local, self.weight).to(self.dtype).masked_fill(elsewhere[..., None], 0.0)
-        return scaled(reduce_from_axis(rows, self.axis), self.multiplier)
+        return scaled(leave(rows, self.mesh.tensor, self.mesh.sequence), self.multiplier)
 
 
-def vocab_parallel_logits(x: Tensor, weight: Tensor, multiplier: float, axis: Axis) -> Tensor:
-    """Logits of this rank's part of the vocabulary: (batch, seq, d_model) -> (batch, seq, vocab / tensor)."""
-    return linear(copy_to_axis(x, axis), weight, None, multiplier)
+def on_stretch(replicated: Tensor, at: Mesh) -> Tensor:
+    """A replicated parameter where tensor ranks apply it to stretches of the sequence: its gradient is their sum."""
+    return copy_to_axis(replicated, at.tensor) if at.sequence else replicated

@@ -1,4 +1,8 @@
-"""The mesh of ranks: axes pipeline x data x tensor, in DeepSpeed's order (tensor neighbours are adjacent ranks)."""
+"""The mesh of ranks: axes pipeline x data x context x tensor (tensor neighbours are adjacent ranks).
+
+DeepSpeed knows three axes. To it, context ranks are data ranks: they hold the same weights, and their gradients, each
+of a stretch of the same sequences, are averaged with the others'. Only batches and attention tell them apart.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,9 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-AXES = ("pipeline", "data", "tensor")
+from megamup.sections import Parallel
+
+AXES = ("pipeline", "data", "context", "tensor")
 
 
 @dataclass(frozen=True)
@@ -19,31 +25,56 @@ class Axis:
     group: dist.ProcessGroup | None
     """None on an axis of one rank: nothing to say to anybody."""
 
+    @property
+    def name(self) -> str:
+        """By which torch's functional collectives know the group."""
+        return "" if self.group is None else self.group.group_name
+
 
 @dataclass(frozen=True)
 class Mesh:
     pipeline: Axis
     data: Axis
+    """Ranks that read different samples."""
+    context: Axis
+    """Ranks that hold stretches of the same samples (DeepSpeed-Ulysses)."""
     tensor: Axis
+    replicas: Axis
+    """The ranks with the same weights: data x context. Gradients are averaged and ZeRO partitions over them."""
     model: Axis
     """The ranks that hold one replica: pipeline x tensor."""
+    sequence: bool = False
+    """Outside the tensor-parallel regions each tensor rank holds its stretch of the sequence only."""
+
+    @property
+    def stretches(self) -> int:
+        """Into how many stretches the residual stream's sequence is cut."""
+        return self.context.size * (self.tensor.size if self.sequence else 1)
+
+    @property
+    def stretch(self) -> int:
+        """Which of them this rank holds."""
+        return self.context.rank * self.tensor.size + self.tensor.rank if self.sequence else self.context.rank
 
 
 ALONE = Axis(0, 1, None)
-SINGLE = Mesh(ALONE, ALONE, ALONE, ALONE)
+SINGLE = Mesh(ALONE, ALONE, ALONE, ALONE, ALONE, ALONE)
 """One rank, no process group: for building a model on its own."""
 
 
-def build_mesh(tensor: int, pipeline: int) -> Mesh:
+def build_mesh(parallel: Parallel) -> Mesh:
     """Cut the world into axes. Collective: every rank calls it, after ``init_process_group``.
 
     Raises:
-        ValueError: the world is no multiple of ``tensor * pipeline``.
+        MegamupError: the world is no multiple of a replica's ranks.
     """
     world, rank = dist.get_world_size(), dist.get_rank()
-    if world % (tensor * pipeline):
-        raise ValueError(f"{world} ranks are no multiple of tensor={tensor} x pipeline={pipeline}")
-    sizes = {"pipeline": pipeline, "data": world // (tensor * pipeline), "tensor": tensor}
+    sizes = {
+        "pipeline": parallel.pipeline,
+        "data": parallel.data(world),
+        "context": parallel.context,
+        "tensor": parallel.tensor,
+    }
     coordinates = list(itertools.product(*(range(sizes[axis]) for axis in AXES)))  # index = global rank
 
     def along(*varying: str) -> Axis:
@@ -57,7 +88,15 @@ def build_mesh(tensor: int, pipeline: int) -> Mesh:
                 mine = Axis(ranks.index(rank), len(ranks), group)
         return mine
 
-    return Mesh(along("pipeline"), along("data"), along("tensor"), along("pipeline", "tensor"))
+    return Mesh(
+        pipeline=along("pipeline"),
+        data=along("data"),
+        context=along("context"),
+        tensor=along("tensor"),
+        replicas=along("data", "context"),
+        model=along("pipeline", "tensor"),
+        sequence=parallel.sequence,
+    )
 
 
 class Mpu:
@@ -79,13 +118,13 @@ class Mpu:
         return self.mesh.tensor.group or self.alone
 
     def get_data_parallel_rank(self) -> int:
-        return self.mesh.data.rank
+        return self.mesh.replicas.rank
 
     def get_data_parallel_world_size(self) -> int:
-        return self.mesh.data.size
+        return self.mesh.replicas.size
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
-        return self.mesh.data.group or self.alone
+        return self.mesh.replicas.group or self.alone
 
     get_tensor_model_parallel_rank = get_model_parallel_rank
     get_tensor_model_parallel_world_size = get_model_parallel_world_size

@@ -9,13 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from megamup import shipped
-from megamup.config import parse_override, read_yaml
-from megamup.errors import MegamupError
-from megamup.flops import known_peak
+from megamup.cluster import Cluster, positive
 
 HOURS_A_DAY, SECONDS_AN_HOUR = 24, 3600
 
@@ -35,26 +31,6 @@ class Optimum:
     low: float | None = None
     high: float | None = None
     """Interval of the loss; None where the fit has none."""
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """Devices, how well they will be used and what they cost; what is None isn't known."""
-
-    devices: int
-    peak: float
-    """FLOP/s of one device."""
-    mfu: float | None = None
-    """Percent; from a run on such devices (`tools/scaling.py mfu`)."""
-    price: float | None = None
-    """Of one device for one hour, in the currency that the user thinks in."""
-    device: str | None = None
-    """Its name, as the vendor's data sheet has it."""
-
-    @property
-    def flops_per_s(self) -> float | None:
-        """What a training run gets of the whole cluster."""
-        return None if self.mfu is None else self.devices * self.peak * self.mfu / 100
 
 
 @dataclass(frozen=True)
@@ -106,13 +82,13 @@ def allocate(
 def _allocate(
     budget: float, optimum: Callable[[float], Optimum], batch: Law | None, lr: Law | None, cluster: Cluster | None
 ) -> Allocation:
-    at = optimum(_positive(budget, "budget"))
+    at = optimum(positive(budget, "budget"))
     where = f"at a budget of {budget:.4g} FLOPs"
-    _positive(at.parameters, f"parameters {where}")
-    _positive(at.tokens, f"tokens {where}")
-    batch_tokens = None if batch is None else _positive(batch(at), f"batch {where}")
+    positive(at.parameters, f"parameters {where}")
+    positive(at.tokens, f"tokens {where}")
+    batch_tokens = None if batch is None else positive(batch(at), f"batch {where}")
     steps = None if batch_tokens is None else math.ceil(at.tokens / batch_tokens)
-    rate = None if lr is None else _positive(lr(at), f"lr {where}")
+    rate = None if lr is None else positive(lr(at), f"lr {where}")
     speed = None if cluster is None else cluster.flops_per_s
     if cluster is None or speed is None:
         return Allocation(at, batch_tokens, steps, rate, None, None, None)
@@ -168,69 +144,6 @@ def as_json(allocations: Sequence[Allocation]) -> list[dict[str, Any]]:
         }
         for row in allocations
     ]
-
-
-def parse_cluster(text: str) -> Cluster:
-    """A cluster from ``--cluster``: ``devices=512,peak=989e12,mfu=40,price=2.5``, or a YAML file of such keys,
-    overridden by what follows it: ``configs/clusters/h100.yaml,nodes=64,mfu=40``.
-
-    Keys: ``devices``, or ``nodes`` and ``devices_per_node``; ``peak``, FLOP/s of one device, or ``device``, a name
-    whose bf16 peak is known (megamup/flops.py); ``mfu``, percent; ``price`` of a device for an hour.
-
-    Raises:
-        MegamupError: no such file, an unknown key, a number that can't be, or no devices or peak.
-    """
-    first, *rest = parts = text.split(",")
-    values: dict[str, Any] = {}
-    if "=" not in first:
-        if shipped.find(first) is None:
-            known = ", ".join(shipped.listing("configs/clusters", ".yaml"))
-            raise MegamupError(
-                f"--cluster: {first!r} is no file and no key=value; expected such as devices=512,peak=989e12,mfu=40, "
-                f"or one of {known}"
-            )
-        values, parts = read_yaml(Path(first)), rest
-    for part in parts:
-        values |= parse_override(part)
-    return _cluster(values)
-
-
-def _cluster(values: dict[str, Any]) -> Cluster:
-    numbers = ("devices", "nodes", "devices_per_node", "peak", "mfu", "price")
-    unknown = sorted(set(values) - {*numbers, "device"})
-    if unknown:
-        raise MegamupError(f"cluster.{unknown[0]}: unknown key; expected one of device, {', '.join(numbers)}")
-    given = {key: _positive(values[key], f"cluster.{key}") for key in numbers if values.get(key) is not None}
-    for key in ("devices", "nodes", "devices_per_node"):
-        if key in given and given[key] != int(given[key]):
-            raise MegamupError(f"cluster.{key}: {given[key]:g} is no whole number; expected one")
-    if given.get("mfu", 1) > 100:
-        raise MegamupError(f"cluster.mfu: {given['mfu']:g} is over 100; expected percent, such as 40")
-    devices = given.get("devices")
-    if "nodes" in given:
-        if devices is not None or "devices_per_node" not in given:
-            raise MegamupError("cluster.nodes: goes with devices_per_node, in place of devices; give one or the other")
-        devices = given["nodes"] * given["devices_per_node"]
-    if devices is None:
-        raise MegamupError("cluster.devices: missing; add devices=N, or nodes=N to a file that has devices_per_node")
-    name = None if values.get("device") is None else str(values["device"])
-    peak = given.get("peak") or (known_peak(name, "bf16") if name else None)
-    if peak is None:
-        raise MegamupError(
-            f"cluster.peak: missing, and no bf16 peak is known for device {name!r}; add peak=FLOP/s of one device"
-        )
-    return Cluster(int(devices), peak, given.get("mfu"), given.get("price"), name)
-
-
-def _positive(value: Any, where: str) -> float:
-    """`value` as a float. Raises MegamupError where it isn't finite and above 0."""
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise MegamupError(f"{where}: {value!r} is no amount; expected a finite number above 0")
-    return number
 
 
 def _shown(value: float | None, form: str) -> str:

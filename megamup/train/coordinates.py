@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from megamup.config import Config
 from megamup.models.blocks import CoreAttention
+from megamup.parallel.loss import CrossEntropy
 from megamup.parallel.mesh import Mesh, build_mesh
 from megamup.train import distributed
+from megamup.train.compile import eager
 from megamup.train.engine import Engine, MicroBatch, build_engine, weigh
 from megamup.train.loop import open_data, read
 
@@ -60,10 +62,11 @@ class Probe:
         """Coordinates by module, the same on every rank; the first call's are the initial ones."""
         self.outputs.clear()
         self.hooks = [module.register_forward_hook(self.record) for module in named_modules(self.engine)]
-        if self.mesh.pipeline.rank == self.mesh.pipeline.size - 1:
-            self.hooks.append(self.engine.deepspeed.module.register_forward_hook(self.record_logits))
+        losses = [module for module in self.engine.deepspeed.module.modules() if isinstance(module, CrossEntropy)]
+        self.hooks += [module.register_forward_hook(self.record_logits) for module in losses]
         try:
-            self.engine.evaluate(self.batch)
+            with eager():
+                self.engine.evaluate(self.batch)
         finally:
             for hook in self.hooks:
                 hook.remove()
@@ -84,8 +87,8 @@ class Probe:
         if isinstance(module, CoreAttention):
             self.keep(f"{module.name.removesuffix('core')}logits", attention_logits(module, *inputs[:2]), True)
 
-    def record_logits(self, module: nn.Module, inputs: object, output: Tensor) -> None:
-        self.keep(LOGITS, output, True)
+    def record_logits(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        self.keep(LOGITS, inputs[0].logits(), True)
 
     def keep(self, name: str, output: Tensor, sharded: bool) -> None:
         self.outputs.setdefault(name, []).append(output.detach().float())
@@ -148,10 +151,10 @@ def coordinates(config: Config) -> list[dict[str, Coordinate]]:
     """
     world_size = distributed.world_size()
     device = distributed.join()
-    mesh = build_mesh(config.parallel.tensor, config.parallel.pipeline)
+    mesh = build_mesh(config.parallel)
     data, _ = open_data(config, mesh.data.rank, world_size)
     engine = build_engine(config, mesh, world_size)
-    batch, _ = weigh(read(data, 0), mesh.data, device)
+    batch, _ = weigh(read(data, 0), mesh, device)
     probe = Probe(engine, mesh, batch)
     found = [probe.measure()]
     for _ in range(config.train.steps):

@@ -9,24 +9,27 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import deepspeed
 import torch
 from deepspeed.pipe import LayerSpec as PipeLayerSpec
 from deepspeed.pipe import PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor
 
 from megamup.config import Config, micro_batches
 from megamup.data.loader import TensorBatch
 from megamup.deepspeed_file import load_deepspeed
-from megamup.models.decoder import Decoder, LayerSpec, decoder_layers
+from megamup.models.blocks import Block
+from megamup.models.decoder import Decoder, LayerSpec, context, decoder_layers
 from megamup.parallel.collectives import all_reduce
-from megamup.parallel.loss import vocab_parallel_cross_entropy
+from megamup.parallel.loss import CrossEntropy
 from megamup.parallel.mesh import Axis, Mesh, Mpu
-from megamup.train.optim import ClipByGlobalNorm, adamw, parameter_groups, write_lr
+from megamup.train.compile import compile_blocks
+from megamup.train.optim import ClipByGlobalNorm, adamw, adamw_backend, parameter_groups, write_lr
+from megamup.train.overlap import OverlappedReduction
 
 
 @dataclass(frozen=True)
@@ -55,67 +58,86 @@ class Engine(Protocol):
 
     deepspeed: Any
     """The DeepSpeed engine underneath; checkpoints go through it."""
+    backends: dict[str, str]
+    """Operation -> what computes it, for environment.json."""
 
     def train_batch(self, batch: Sequence[MicroBatch], lr: float) -> StepResult: ...
 
     def evaluate(self, batch: Sequence[MicroBatch]) -> float: ...
 
 
-def weigh(batches: Sequence[TensorBatch], data: Axis, device: torch.device) -> tuple[list[MicroBatch], Tensor]:
-    """Turn a rank's share of a global batch into weighted micro batches on its device.
+def weigh(batches: Sequence[TensorBatch], mesh: Mesh, device: torch.device) -> tuple[list[MicroBatch], Tensor]:
+    """Turn a rank's share of a global batch into weighted micro batches on its device, of which a context rank keeps
+    its stretch.
 
-    The weights make averaging over micro batches and data ranks (which is what DeepSpeed does to gradients) give the
+    The weights make averaging over micro batches and replicas (which is what DeepSpeed does to gradients) give the
     sum of losses / number of targets of the global batch. Collective over the data axis. Copies out of
     pinned memory run beside whatever else the device does; a mask, where there is padding, isn't pinned.
 
     Returns:
         The micro batches, and the number of targets of the global batch (int64, one number).
     """
-    targets = all_reduce(torch.tensor(sum(batch.n_targets for batch in batches), device=device), data)
-    factor = len(batches) * data.size / targets.clamp(min=1)
-    return [micro_batch(batch, factor, device) for batch in batches], targets
+    targets = all_reduce(torch.tensor(sum(batch.n_targets for batch in batches), device=device), mesh.data)
+    factor = len(batches) * mesh.replicas.size / targets.clamp(min=1)
+    return [micro_batch(batch, factor, mesh.context, device) for batch in batches], targets
 
 
-def micro_batch(batch: TensorBatch, factor: Tensor, device: torch.device) -> MicroBatch:
+def micro_batch(batch: TensorBatch, factor: Tensor, context: Axis, device: torch.device) -> MicroBatch:
+    def stretch(x: Tensor) -> Tensor:
+        return x.chunk(context.size, 1)[context.rank].contiguous() if context.size > 1 else x
+
     on_device = TensorBatch(batch.window.to(device, non_blocking=True), batch.n_targets, batch.mask)
-    weights = factor if batch.mask is None else batch.mask.to(device, non_blocking=True) * factor
-    return MicroBatch(on_device.tokens, on_device.targets, weights)
-
-
-def weighted_loss(axis: Axis, logits: Tensor, labels: tuple[Tensor, Tensor]) -> Tensor:
-    targets, weights = labels
-    return (vocab_parallel_cross_entropy(logits, targets, axis) * weights).sum()
+    weights = factor if batch.mask is None else stretch(batch.mask.to(device, non_blocking=True)) * factor
+    return MicroBatch(stretch(on_device.tokens), stretch(on_device.targets), weights)
 
 
 def build_engine(config: Config, mesh: Mesh, world_size: int) -> Engine:
     """Build this rank's part of the model and hand it to DeepSpeed. Collective."""
-    specs = decoder_layers(config, mesh)
+    built_from = context(config, mesh, accelerator().type)
+    names = built_from.kernels.names
+    loss = CrossEntropy(names["cross_entropy"])
+    specs = decoder_layers(built_from, config, loss)
+    engine: Engine
     if config.parallel.pipeline == 1:
-        return DataParallelEngine(config, mesh, Decoder(specs), world_size)
-    return PipelinedEngine(config, mesh, specs, world_size)
+        engine = DataParallelEngine(config, mesh, Decoder(specs, loss), world_size)
+    else:
+        engine = PipelinedEngine(config, mesh, specs, loss, world_size)
+    optimizer = adamw_backend(config, accelerator().type)
+    engine.backends = {**names, "optimizer": optimizer, "compile": "blocks" if config.kernels.compile else "off"}
+    return engine
 
 
 class DataParallelEngine:
     """DeepSpeedEngine, ZeRO 0-3."""
 
+    backends: dict[str, str]
+
     def __init__(self, config: Config, mesh: Mesh, module: Decoder, world_size: int) -> None:
         self.mesh = mesh
+        if config.zero_stage == 3:  # a block's weights are fetched and dropped together
+            set_z3_leaf_modules(module, [Block])
         self.deepspeed, self.clip = initialize(config, mesh, module, world_size, mpu=Mpu(mesh))
+        self.reduction = None
+        if config.zero_stage == 0:
+            self.deepspeed.enable_backward_allreduce = False  # its own, after the backward pass
+            dtype = self.deepspeed.communication_data_type
+            self.reduction = OverlappedReduction(self.deepspeed.module.parameters(), mesh.replicas, dtype)
 
     def loss(self, micro: MicroBatch) -> Tensor:
-        return weighted_loss(self.mesh.tensor, self.deepspeed(micro.tokens), (micro.targets, micro.weights))
+        return cast(Tensor, self.deepspeed(micro.tokens, (micro.targets, micro.weights)))
 
     def mean(self, losses: list[Tensor]) -> float:
-        """Average over this rank's micro batches and the data axis."""
-        return float(all_reduce(torch.stack(losses).mean(), self.mesh.data)) / self.mesh.data.size
+        """Average over this rank's micro batches and the replicas."""
+        return float(all_reduce(torch.stack(losses).mean(), self.mesh.replicas)) / self.mesh.replicas.size
 
     def train_batch(self, batch: Sequence[MicroBatch], lr: float) -> StepResult:
         self.deepspeed.train()
         write_lr(self.deepspeed.optimizer.param_groups, lr)
         losses = []
-        for micro in batch:
+        for number, micro in enumerate(batch, 1):
             loss = self.loss(micro)
-            self.deepspeed.backward(loss)
+            with self.reduction.during(number == len(batch)) if self.reduction else contextlib.nullcontext():
+                self.deepspeed.backward(loss)
             self.deepspeed.step()
             losses.append(loss.detach())
         return StepResult(self.mean(losses), grad_norm(self.deepspeed, self.clip))
@@ -129,15 +151,17 @@ class DataParallelEngine:
 class PipelinedEngine:
     """PipelineEngine over the same list of layers, ZeRO 0-1."""
 
-    def __init__(self, config: Config, mesh: Mesh, specs: list[LayerSpec], world_size: int) -> None:
+    backends: dict[str, str]
+
+    def __init__(self, config: Config, mesh: Mesh, specs: list[LayerSpec], loss: CrossEntropy, world_size: int) -> None:
         topology = PipeModelDataParallelTopology(
-            num_pp=mesh.pipeline.size, num_mp=mesh.tensor.size, num_dp=mesh.data.size
+            num_pp=mesh.pipeline.size, num_mp=mesh.tensor.size, num_dp=mesh.replicas.size
         )
         with quiet():
             module = PipelineModule(
                 layers=[pipe_spec(spec) for spec in specs],
                 topology=topology,
-                loss_fn=partial(weighted_loss, mesh.tensor),
+                loss_fn=loss,
                 partition_method="type:^Block$",  # as many blocks a stage as possible alike
             )
         self.deepspeed, self.clip = initialize(config, mesh, module, world_size, mpu=None)
@@ -164,12 +188,18 @@ def pipe_batches(batch: Sequence[MicroBatch]) -> Iterator[tuple[Tensor, tuple[Te
     return iter([(micro.tokens, (micro.targets, micro.weights)) for micro in batch])
 
 
+def accelerator() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def initialize(
     config: Config, mesh: Mesh, module: torch.nn.Module, world_size: int, mpu: Mpu | None
 ) -> tuple[Any, ClipByGlobalNorm | None]:
     """``deepspeed.initialize`` with everything that the run config owns injected."""
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    optimizer = adamw(parameter_groups(module.to(device), config))  # the groups hold the parameters on the device
+    if config.kernels.compile:
+        compile_blocks(module, config)
+    groups = parameter_groups(module.to(accelerator()), config)  # they hold the parameters on the device
+    optimizer = adamw(groups, adamw_backend(config, accelerator().type))
     clip = None
     if config.zero_stage == 0:  # DeepSpeed reports no norm here
         clip = ClipByGlobalNorm(mesh, config.optim.grad_clip)
@@ -190,11 +220,18 @@ def deepspeed_keys(config: Config, world_size: int) -> dict[str, Any]:
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.optim.grad_clip if config.zero_stage > 0 else 0.0,
         "steps_per_print": None,
+        # Between stages DeepSpeed would send each tensor rank's part of what it takes for replicas, and join them.
+        "pipeline": dict.fromkeys(("pipe_partitioned", "grad_partitioned"), not config.parallel.sequence),
     }
     if config.precision == "bf16" and config.zero_stage > 0:
         # At ZeRO 0 the parameters stay fp32 and the layers cast them: DeepSpeed has no bf16 there that accumulates
         # gradients in fp32.
-        keys |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+        # With a pipeline, bf16 gradients are to be added to their fp32 sums as they come: DeepSpeed would clear them
+        # when it sees the gradient of the model's output, which is none of ours (`Unread`).
+        keys |= {
+            "bf16": {"enabled": True, "immediate_grad_update": config.parallel.pipeline > 1},
+            "data_types": {"grad_accum_dtype": "fp32"},
+        }
     return keys
 
 

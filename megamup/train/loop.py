@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.profiler import record_function
 
 from megamup.config import Config, micro_batches
 from megamup.data import consumed
@@ -23,7 +24,9 @@ from megamup.train.engine import Engine, build_engine, weigh
 from megamup.train.metrics import Recorder, peak_flops
 from megamup.train.monitor import Monitor
 from megamup.train.outlook import Outlook, read_outlook
+from megamup.train.profile import Profiler
 from megamup.train.schedule import lr_factor
+from megamup.train.trace import DATA
 
 
 class DivergedError(MegamupError):
@@ -45,6 +48,7 @@ class Training:
     valid_data: BatchStream | None
     recorder: Recorder
     monitor: Monitor
+    profiler: Profiler
 
 
 def train(config: Config) -> dict[str, float]:
@@ -79,9 +83,10 @@ def train_step(run: Training, step: int) -> dict[str, float]:
     """One optimizer update and what is due after it; returns the metrics of the step."""
     config, due = run.config, Due(run.config, step + 1)
     lr = config.optim.lr * lr_factor(config.schedule, step, config.train.steps)
-    batch, _ = weigh(read(run.train_data, step), run.mesh.data, run.device)
-    with run.monitor.watching(due.monitor):
-        result = run.engine.train_batch(batch, lr)
+    with run.profiler.step(step + 1):
+        batch, _ = weigh(read(run.train_data, step), run.mesh, run.device)
+        with run.monitor.watching(due.monitor):
+            result = run.engine.train_batch(batch, lr)
     finite(result.loss, step + 1, config)
     if not (due.log or due.evaluation or due.save):
         return {}
@@ -129,7 +134,7 @@ def evaluate(run: Training) -> float:
         steps = min(steps, math.ceil(wanted / run.config.batch.global_sequences))
     total, targets = 0.0, 0.0
     for step in range(steps):
-        batch, on_device = weigh(read(run.valid_data, step), run.mesh.data, run.device)
+        batch, on_device = weigh(read(run.valid_data, step), run.mesh, run.device)
         count = float(on_device)
         total += count * run.engine.evaluate(batch)
         targets += count
@@ -139,7 +144,8 @@ def evaluate(run: Training) -> float:
 def read(data: BatchStream, step: int) -> list[TensorBatch]:
     """This rank's micro batches. Raises OneRankError where they hold a token that the model doesn't have."""
     try:
-        return data.micro_batches(step)
+        with record_function(DATA):
+            return data.micro_batches(step)
     except MegamupError as error:
         raise OneRankError(str(error)) from error
 
@@ -167,7 +173,7 @@ def start(config: Config, world_size: int, resumed: tuple[int, Path] | None) -> 
     """Join the process group, build this rank's part and restore a checkpoint. Collective."""
     began = time.time()
     device = distributed.join()
-    mesh = build_mesh(config.parallel.tensor, config.parallel.pipeline)
+    mesh = build_mesh(config.parallel)
     data = open_run_data(config)
     identity = consumed.identity(consumed.record(config, data))
     if not distributed.all_equal(identity, device):
@@ -181,15 +187,19 @@ def start(config: Config, world_size: int, resumed: tuple[int, Path] | None) -> 
     step = checkpoint.load(engine, resumed[1]) if resumed else 0
     first = distributed.rank() == 0
     if first:
-        environment = run_folder.environment(config, checkpoint.layout(config, world_size), peak)
+        layout = checkpoint.layout(config, world_size)
+        step_work = run_folder.step_work(config, world_size)
+        environment = run_folder.environment(config, layout, peak, engine.backends) | step_work
         run_folder.prepare(config, consumed.record(config, data), environment, step)
         run_folder.record_start(config, step, began)
         if resumed:
             print(f"resuming from {resumed[1]}", flush=True)
         print("\n".join(data.summary(config.train.steps * config.batch.global_sequences)), flush=True)
+        print(run_folder.step_line(step_work), flush=True)
     recorder = Recorder(config, peak["peak_flops"], step, first, device, outlook(config) if first else None)
     monitor = Monitor(config, mesh, engine, device)
-    return Training(config, mesh, device, engine, data, train_data, valid_data, recorder, monitor)
+    profiler = Profiler(config, mesh, engine, recorder, step)
+    return Training(config, mesh, device, engine, data, train_data, valid_data, recorder, monitor, profiler)
 
 
 def outlook(config: Config) -> Outlook | None:

@@ -17,10 +17,11 @@ from tqdm import tqdm
 from megamup.config import Config
 from megamup.errors import OneRankError
 from megamup.flops import flops_per_token, known_peak, mfu_percent
+from megamup.train.compile import Compiled
 from megamup.train.copies import Copies
 from megamup.train.outlook import Outlook
 
-PauseCause = Literal["evaluation", "saving"]
+PauseCause = Literal["evaluation", "saving", "profile"]
 
 
 def peak_flops(config: Config, device: torch.device) -> dict[str, Any]:
@@ -28,7 +29,10 @@ def peak_flops(config: Config, device: torch.device) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     known = known_peak(name, config.precision)
     if known is not None:
-        return {"peak_flops": known * dist.get_world_size(), "peak_basis": f"data sheet of {name}, dense bf16"}
+        basis = f"data sheet of {name}, dense bf16"
+        if config.kernels.matmul == "fp8":
+            basis += ", though some products are in fp8, whose peak is higher"
+        return {"peak_flops": known * dist.get_world_size(), "peak_basis": basis}
     dist.barrier()  # ranks that share a processor measure what they get of it
     total = torch.tensor(measured_flops(torch.bfloat16 if config.precision == "bf16" else torch.float32, device))
     total = total.to(device)
@@ -74,6 +78,7 @@ class Recorder:
         self.config, self.peak, self.writes, self.device = config, peak, writes, device
         self.last_step, self.last_time = start_step, time.perf_counter()
         self.paused: dict[str, float] = {}
+        self.compiled = Compiled.now()
         self.step_flops = config.batch_tokens * flops_per_token(
             config.model, config.seq_len, config.train.flops_convention
         )
@@ -87,7 +92,7 @@ class Recorder:
         self.started, self.first_step = self.last_time, start_step
 
     def pause(self, cause: PauseCause) -> Pause:
-        """``with recorder.pause("saving"):`` keeps evaluation and saving out of the throughput.
+        """``with recorder.pause("saving"):`` keeps what is no training step out of the throughput.
 
         The next record has the seconds that it took, as ``saving_s``.
         """
@@ -95,6 +100,7 @@ class Recorder:
 
     def step(self, step: int, **values: float) -> dict[str, float]:
         """Record the step that was just finished."""
+        self.leave_compiling_out()
         now, tokens = time.perf_counter(), self.config.batch_tokens
         tokens_per_s = (step - self.last_step) * tokens / max(now - self.last_time, 1e-9)
         self.last_step, self.last_time = step, now
@@ -117,10 +123,25 @@ class Recorder:
             self.end(self.outlook.verdict(record))
         return record
 
+    def leave_compiling_out(self) -> None:
+        """Time that went into compiling isn't the training steps': ``compile_s`` of the next record has it."""
+        now = Compiled.now()
+        seconds = now.seconds - self.compiled.seconds
+        if self.config.kernels.compile and seconds > 0:
+            self.last_time += seconds
+            self.paused["compile"] = seconds
+            if self.writes:
+                self.say(str(now))
+        self.compiled = now
+
     def end(self, verdict: str | None) -> None:
-        """Say how the forecast came out, below the bar."""
+        """Say how the forecast came out."""
         if verdict:
-            self.bar.write(verdict) if not self.bar.disable else print(verdict, flush=True)
+            self.say(verdict)
+
+    def say(self, line: str) -> None:
+        """A line above the bar."""
+        self.bar.write(line) if not self.bar.disable else print(line, flush=True)
 
     def write(self, record: dict[str, float]) -> None:
         """One line to the file, and copies of it. Raises OneRankError where the file can't be written."""

@@ -29,9 +29,11 @@ from torch.utils.hooks import RemovableHandle
 from megamup.config import Config
 from megamup.models.blocks import CoreAttention
 from megamup.parallel.layers import counted, spec_of
+from megamup.parallel.loss import CrossEntropy
 from megamup.parallel.mesh import Mesh
 from megamup.parameters import Role, parameters
 from megamup.sections import Model
+from megamup.train.compile import eager
 from megamup.train.engine import Engine
 
 ATTENTION, OUTPUT = MAXIMA = ("attention_logit_max", "output_logit_max")
@@ -52,11 +54,12 @@ class Monitor:
 
     @contextlib.contextmanager
     def watching(self, due: bool) -> Iterator[None]:
-        """Measure the training step inside, where ``due``."""
+        """Measure the training step inside, where ``due``; blocks run uncompiled then, as what is in them is seen."""
         self.seen.clear()
         handles = [*self.watch_forward(), *self.watch_update()] if due else []
         try:
-            yield
+            with eager(due):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -75,7 +78,8 @@ class Monitor:
             if sums[f"before_{role}"] > 0
         }
         maxima = dict(zip(MAXIMA, ranks[:, len(self.sums) :].amax(0).tolist(), strict=True))
-        rms = {f"activation_rms_{name}": sqrt(sums[name] / self.mesh.data.size) for name in self.stream.values()}
+        shares = self.mesh.replicas.size * (self.mesh.tensor.size if self.mesh.sequence else 1)
+        rms = {f"activation_rms_{name}": sqrt(sums[name] / shares) for name in self.stream.values()}
         return ratios | maxima | rms
 
     def add(self, name: str, value: Tensor) -> None:
@@ -84,25 +88,25 @@ class Monitor:
     # ------------------------------------------------------------------- forward
 
     def watch_forward(self) -> Iterator[RemovableHandle]:
-        whole, last = self.engine.deepspeed.module, self.mesh.pipeline.rank == self.mesh.pipeline.size - 1
-        for module in whole.modules():
+        own_stream = self.mesh.sequence or self.mesh.tensor.rank == 0  # else alike on all tensor ranks
+        for module in self.engine.deepspeed.module.modules():
             if isinstance(module, CoreAttention):
                 yield first_forward(module, self.see_attention)
-            elif getattr(module, "name", None) in self.stream and self.mesh.tensor.rank == 0:  # alike on the others
+            elif isinstance(module, CrossEntropy):
+                yield first_forward(module, self.see_logits)
+            elif getattr(module, "name", None) in self.stream and own_stream:
                 yield first_forward(module, self.see_stream)
-        if last:
-            yield first_forward(whole, self.see_logits)
 
-    def see_attention(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def see_attention(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         assert isinstance(module, CoreAttention)
         largest = largest_attention_logit(inputs[0], inputs[1], module.scale)
         self.seen[ATTENTION] = torch.maximum(self.seen.get(ATTENTION, largest), largest)
 
-    def see_stream(self, module: nn.Module, inputs: object, output: Tensor) -> None:
+    def see_stream(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         self.add(self.stream[str(module.name)], squares(output) / output.numel())
 
-    def see_logits(self, module: nn.Module, inputs: object, output: Tensor) -> None:
-        self.seen[OUTPUT] = torch.stack([x.abs().amax() for x in output.flatten().split(AT_A_TIME)]).amax()
+    def see_logits(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        self.seen[OUTPUT] = torch.stack([logits.abs().amax() for logits in inputs[0].pieces(AT_A_TIME)]).amax()
 
     # ------------------------------------------------------------------- update
 
@@ -141,13 +145,13 @@ def stream(model: Model) -> dict[str, str]:
     return {embedding: "embedding", **blocks, "final_norm": "final_norm"}
 
 
-Seen = Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]
+Seen = Callable[[nn.Module, tuple[Any, ...], Tensor], None]
 
 
 def first_forward(module: nn.Module, see: Seen) -> RemovableHandle:
     """Call ``see`` after the module's next forward alone, which is the first micro batch's."""
 
-    def hook(called: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def hook(called: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         handle.remove()
         with torch.no_grad():
             see(called, inputs, output.detach())
@@ -205,11 +209,11 @@ def masters(engine: Engine, mesh: Mesh) -> Iterator[Master]:
         if hasattr(shard, "_z3_optimizer"):
             zero = shard._z3_optimizer
             group, start, size = zero.grad_position[zero.get_param_id(shard)]
-            size = min(size, max(0, shard.ds_numel - mesh.data.rank * size))  # the last ranks' parts are padded
+            size = min(size, max(0, shard.ds_numel - mesh.replicas.rank * size))  # the last ranks' parts are padded
             yield Master(role, zero.fp32_partitioned_groups_flat[group], start, size)
         elif hasattr(shard, "_hp_mapping"):  # ZeRO 1-2; None: another rank's
             if (part := shard._hp_mapping) is not None:
                 at = part.hp_fragment_address
                 yield Master(role, groups[part.param_group_index]["params"][0], at.start, at.numel)
-        elif mesh.data.rank == 0:
+        elif mesh.replicas.rank == 0:
             yield Master(role, shard, 0, shard.numel())

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from megamup.config import Config
+from megamup.deepspeed_file import load_deepspeed, offloads_optimizer
+from megamup.errors import MegamupError
 from megamup.mup import table
 from megamup.parallel.collectives import all_reduce
 from megamup.parallel.layers import counted, spec_of
@@ -60,8 +64,71 @@ def placeholder(module: nn.Module, name: str) -> nn.Parameter:
     return zero
 
 
-def adamw(groups: list[dict[str, Any]]) -> torch.optim.AdamW:
-    return torch.optim.AdamW(groups, fused=True)
+TORCH, FUSED_ADAM, CPU_ADAM = "torch", "deepspeed FusedAdam", "deepspeed CPUAdam"
+"""Implementations of AdamW, each fused; they differ in rounding only."""
+
+
+def adamw(groups: list[dict[str, Any]], backend: str = TORCH) -> torch.optim.Optimizer:
+    """AdamW over `parameter_groups`, each with rate, betas, eps and decay of its own.
+
+    Args:
+        groups: of parameters.
+        backend: of `adamw_backend`.
+
+    Raises:
+        MegamupError: DeepSpeed's can't be built; the first time takes a minute.
+    """
+    if backend == TORCH:
+        return torch.optim.AdamW(groups, fused=True)
+    from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+
+    try:
+        if backend == FUSED_ADAM:
+            return cast(torch.optim.Optimizer, FusedAdam(groups, adam_w_mode=True))
+        return cast(torch.optim.Optimizer, DeepSpeedCPUAdam(groups, adamw_mode=True))
+    except (RuntimeError, ImportError, OSError) as error:
+        raise MegamupError(
+            f"{backend} could not be built: {error.__cause__ or error}; set kernels.optimizer=torch"
+        ) from error
+
+
+def adamw_backend(config: Config, device_type: str) -> str:
+    """Which AdamW ``kernels.optimizer`` means on this machine: for ``auto`` torch's, which needs no compiler, but
+    DeepSpeed's where ZeRO offloads, since there the step is the processor's work and it takes a third of the time.
+
+    Raises:
+        MegamupError: ``deepspeed`` can't run here.
+    """
+    wanted, offloads = config.kernels.optimizer, offloads_optimizer(load_deepspeed(config.deepspeed))
+    backend = CPU_ADAM if offloads or device_type == "cpu" else FUSED_ADAM
+    if wanted == "torch" or (wanted == "auto" and not offloads):
+        return TORCH
+    if (reason := build_lacks(backend)) is None:
+        return backend
+    if wanted == "auto":
+        return TORCH
+    raise MegamupError(
+        f"kernels.optimizer={wanted}: {backend} can't run here: {reason}; or use kernels.optimizer=torch"
+    )
+
+
+def build_lacks(backend: str) -> str | None:
+    """What is missing to load one of DeepSpeed's optimizers, which it compiles when it is first used."""
+    from deepspeed.git_version_info import installed_ops
+    from deepspeed.ops.op_builder import CPUAdamBuilder, FusedAdamBuilder
+    from torch.utils import cpp_extension
+
+    builder = (FusedAdamBuilder if backend == FUSED_ADAM else CPUAdamBuilder)()
+    if installed_ops.get(builder.name, False):
+        return None
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None:
+        return f"there is no C++ compiler ({compiler}) to build it; install one"
+    if not cpp_extension.is_ninja_available():
+        return "ninja is not installed, which builds it: pip install ninja"
+    if backend == FUSED_ADAM and cpp_extension.CUDA_HOME is None:
+        return "there is no CUDA toolkit (nvcc) to build it; install one, or set CUDA_HOME"
+    return None if builder.is_compatible() else f"DeepSpeed calls it incompatible: {builder.error_log}"
 
 
 def write_lr(groups: Iterable[dict[str, Any]], lr: float) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import platform
 import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megamup.config import Config, config_from, dump_config, read_yaml
+from megamup.config import Config, config_from, dump_config, micro_batches, read_yaml
 from megamup.data import consumed
 from megamup.errors import MegamupError
 from megamup.files import write_json_atomic, write_text_atomic
@@ -24,12 +25,14 @@ FREE_TO_CHANGE = (
     "train.eval_sequences",
     "train.save_every",
     "train.monitor_every",
+    "train.profile",
     "log.",
     "run.dir",
     "data.prefetch",
     "data.cache",
 )
-"""Keys that may differ when a run is resumed: they change what is written or how fast, not what is computed."""
+"""Keys that may differ when a run is resumed: they change what is written or how fast, not what is computed (kernels
+but for its rounding)."""
 IN_DATA_RECORD = ("data.train", "data.valid", "data.fraction")
 """Keys that data.json says more of: there data that has moved is the same, and other data at its place is not."""
 
@@ -119,8 +122,10 @@ def record_start(config: Config, step: int, time_unix_s: float) -> None:
         file.write(json.dumps({"step": step, "time_unix_s": time_unix_s}) + "\n")
 
 
-def environment(config: Config, layout: dict[str, Any], peak: dict[str, Any]) -> dict[str, Any]:
-    """What the figures in metrics.jsonl were measured on."""
+def environment(
+    config: Config, layout: dict[str, Any], peak: dict[str, Any], backends: Mapping[str, str]
+) -> dict[str, Any]:
+    """What the figures in metrics.jsonl were measured on, and which backend computes each operation."""
     versions = {}
     for package in ("megamup", "torch", "deepspeed", "numpy"):
         try:
@@ -136,10 +141,29 @@ def environment(config: Config, layout: dict[str, Any], peak: dict[str, Any]) ->
         "device": device,
         "threads_per_rank": torch.get_num_threads(),
         "layout": layout,
+        "kernels": dict(backends),
         "parameters": count(config.model),
         "flops_convention": config.train.flops_convention,
         **peak,
     }
+
+
+def step_work(config: Config, world_size: int) -> dict[str, float]:
+    """How a rank's share of a step is cut into micro batches, and the part of the step that a pipeline of as many
+    stages waits: (p - 1) / (m + p - 1) of it, with m micro batches (Narayanan et al. 2021, section 2.2.1)."""
+    micro, number = micro_batches(config, world_size)
+    waiting = config.parallel.pipeline - 1
+    return {
+        "micro_sequences": micro,
+        "micro_batches": number,
+        "pipeline_bubble_percent": 100 * waiting / (number + waiting),
+    }
+
+
+def step_line(work: dict[str, float]) -> str:
+    bubble = work["pipeline_bubble_percent"]
+    line = f"a step is {work['micro_batches']} micro batches of {work['micro_sequences']} sequences on each rank"
+    return line + (f"; the pipeline's bubble is {bubble:.1f}% of it" if bubble else "")
 
 
 def last_record(config: Config) -> dict[str, float]:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megamup.kernels.rotary import rotate
+from megamup.kernels.rotary import reference_rotate, rotate, torch_rotate
+from tests.kernels.comparison import apart, distance, heads, results
 
 
 def draw(*shape: int) -> Tensor:
@@ -52,3 +53,42 @@ def test_bf16_keeps_its_type() -> None:
     y = rotate(x.bfloat16(), 10_000.0)
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.float(), rotate(x, 10_000.0), atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("offset", [0, 5])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
+)
+def test_pairs_are_turned_as_complex_numbers_are(dtype: torch.dtype, tolerance: float, offset: int) -> None:
+    query, key, _ = heads(6, 2)
+    for backend in (torch_rotate, reference_rotate):
+        mine, exact = (lambda q, k, call=call: call(q, k, 500.0, offset) for call in (backend, reference_rotate))
+        assert distance(mine, exact, (query, key), dtype) < tolerance
+
+
+def test_a_stretch_is_the_part_of_the_whole_that_begins_at_its_offset() -> None:
+    query, key, _ = heads(6, 2)
+    whole = torch_rotate(query, key, 500.0)
+    stretch = torch_rotate(query[:, :, 11:22], key[:, :, 11:22], 500.0, offset=11)
+    for x, part in zip(whole, stretch, strict=True):
+        torch.testing.assert_close(x[:, :, 11:22], part, rtol=0.0, atol=0.0)
+    wrong = torch_rotate(query[:, :, 11:22], key[:, :, 11:22], 500.0)
+    assert apart(wrong, stretch) > 0.1
+
+
+def test_compiled_takes_the_table_as_it_is() -> None:
+    """No cosine in the graph, whose results are the same."""
+    torch.compiler.reset()
+    graphs = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    call = lambda q, k: torch_rotate(q, k, 500.0)  # noqa: E731
+    inputs = heads(6, 2)[:2]
+    compiled = torch.compile(call, fullgraph=True, dynamic=False, backend=keep)
+    assert apart(results(compiled, inputs), results(call, inputs)) == 0.0
+    (graph,) = graphs
+    assert ".cos(" not in graph.code
+    assert "torch.cat(" in graph.code

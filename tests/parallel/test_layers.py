@@ -12,10 +12,17 @@ from torch import Tensor
 
 from megamup.config import Config
 from megamup.models.decoder import context
-from megamup.parallel.collectives import copy_to_axis, reduce_from_axis
-from megamup.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, spec_of
+from megamup.parallel.collectives import copy_to_axis, leave
+from megamup.parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    column_parallel,
+    spec_of,
+)
 from megamup.parallel.loss import vocab_parallel_cross_entropy
 from megamup.parallel.mesh import SINGLE, build_mesh
+from megamup.sections import Parallel
 from megamup.train import distributed
 from megamup.train.fork import run_ranks
 
@@ -31,7 +38,7 @@ def gather(x: Tensor, dim: int) -> Tensor:
 def mlp_like(config: Config) -> Outcome:
     """Column, bias, nonlinearity, row, bias: output, input gradient and gathered weight gradients."""
     distributed.join()
-    mesh = build_mesh(config.parallel.tensor, 1)
+    mesh = build_mesh(config.parallel)
     built_from = context(config, mesh)
     up, down = ColumnParallelLinear(built_from, "blocks.0.mlp.up"), RowParallelLinear(built_from, "blocks.0.mlp.down")
     assert up.bias is not None
@@ -40,7 +47,8 @@ def mlp_like(config: Config) -> Outcome:
     with torch.no_grad():  # biases start at zero: give them values that a wrong sum would show
         down.bias.copy_(torch.randn(config.model.d_model))
     x = torch.randn(2, 5, config.model.d_model, requires_grad=True)
-    y = down(F.gelu(up(copy_to_axis(x, mesh.tensor))))
+    (inner,) = column_parallel(x, (up,), mesh, built_from.kernels)
+    y = down(F.gelu(inner))
     (y * torch.randn(y.shape)).sum().backward()
     assert x.grad is not None
     found = {"y": y.detach(), "x": x.grad}
@@ -63,7 +71,7 @@ def test_column_then_row_is_the_whole_linear(make_config: Any) -> None:
 
 def embed(config: Config) -> Outcome:
     distributed.join()
-    mesh = build_mesh(config.parallel.tensor, 1)
+    mesh = build_mesh(config.parallel)
     layer = VocabParallelEmbedding(context(config, mesh), "embedding.token")
     tokens = torch.tensor([[0, 1, 127, 128, 255, 128], [64, 63, 191, 192, 0, 0]])
     y = layer(tokens)
@@ -87,7 +95,7 @@ def test_vocab_parallel_embedding_is_a_lookup(make_config: Any) -> None:
 
 def loss_shards(logits: Tensor, targets: Tensor, weights: Tensor) -> Outcome:
     distributed.join()
-    axis = build_mesh(dist.get_world_size(), 1).tensor
+    axis = build_mesh(Parallel(tensor=dist.get_world_size())).tensor
     mine = logits.chunk(axis.size, dim=-1)[axis.rank].clone().requires_grad_()
     losses = vocab_parallel_cross_entropy(mine, targets, axis)
     (losses * weights).sum().backward()
@@ -124,11 +132,11 @@ def test_cross_entropy_of_bf16_logits_is_taken_in_fp32() -> None:
 
 def pairs() -> tuple[Tensor, Tensor]:
     distributed.join()
-    axis = build_mesh(dist.get_world_size(), 1).tensor
+    axis = build_mesh(Parallel(tensor=dist.get_world_size())).tensor
     x = torch.full((3,), float(axis.rank + 1), requires_grad=True)
     copy_to_axis(x, axis).sum().backward()
     z = x.detach().clone().requires_grad_()
-    y = reduce_from_axis(z, axis)
+    y = leave(z, axis, False)
     (y * torch.arange(3)).sum().backward()
     assert x.grad is not None
     assert z.grad is not None

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 
-from megamup import shipped
+from megamup.cluster import Cluster
 from megamup.errors import MegamupError
 from megamup.flops import BF16_PEAKS
-from megamup.scaling.allocation import Allocation, Cluster, Optimum, allocate, as_json, parse_cluster, table_rows
+from megamup.scaling.allocation import Allocation, Optimum, allocate, as_json, table_rows
 
 
 def chinchilla(budget: float) -> Optimum:
@@ -100,45 +99,3 @@ def test_a_law_that_breaks_is_named() -> None:
         one(1e20, batch=lambda at: 0.0)
     with pytest.raises(MegamupError, match=r"lr at a budget of 1e\+20 FLOPs: -1"):
         one(1e20, lr=lambda at: -1.0)
-
-
-def test_cluster_from_the_command_line() -> None:
-    found = parse_cluster("devices=512,peak=989e12,mfu=40,price=2.5")
-    assert found == Cluster(512, 989e12, 40, 2.5)
-    assert found.flops_per_s == pytest.approx(512 * 989e12 * 0.4)
-    assert parse_cluster("devices=8,device=NVIDIA A100-SXM4-80GB").peak == BF16_PEAKS["A100"]
-
-
-@pytest.mark.parametrize("file", shipped.listing("configs/clusters", ".yaml"))
-def test_shipped_clusters_have_a_peak_and_no_invented_price(file: str) -> None:
-    found = parse_cluster(f"{file},nodes=4")
-    assert found.devices == 32
-    assert found.peak == BF16_PEAKS[Path(file).stem.upper()]
-    assert (found.mfu, found.price) == (None, None)
-
-
-def test_what_follows_a_file_overrides_it(tmp_path: Path) -> None:
-    (tmp_path / "mine.yaml").write_text("devices: 64\npeak: 1.0e15\nmfu: 30\nprice: 3\n")
-    assert parse_cluster(f"{tmp_path / 'mine.yaml'},mfu=45") == Cluster(64, 1e15, 45, 3)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("h100", r"--cluster: 'h100' is no file and no key=value; .*configs/clusters/h100\.yaml"),
-        ("devices=8,peek=1e15", "cluster.peek: unknown key; expected one of device, devices"),
-        ("devices=8", "cluster.peak: missing, and no bf16 peak is known for device None"),
-        ("devices=8,device=Cerebras", "no bf16 peak is known for device 'Cerebras'"),
-        ("peak=1e15", "cluster.devices: missing"),
-        ("nodes=2,peak=1e15", "cluster.nodes: goes with devices_per_node"),
-        ("devices=2.5,peak=1e15", "cluster.devices: 2.5 is no whole number"),
-        ("devices=8,peak=-1", "cluster.peak: -1 is no amount"),
-        ("devices=8,peak=1e15,mfu=140", "cluster.mfu: 140 is over 100"),
-        ("devices=8,peak=1e15,price=cheap", "cluster.price: 'cheap' is no amount"),
-        ("devices=8,,peak=1e15", "expected a key and a value"),
-        ("", "--cluster: '' is no file"),
-    ],
-)
-def test_a_wrong_cluster_is_one_message(text: str, message: str) -> None:
-    with pytest.raises(MegamupError, match=message):
-        parse_cluster(text)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megamup.scaling.allocation import parse_cluster
+from megamup.cluster import parse_cluster
 from megamup.scaling.analysis import Result, analyse, analyse_reduced
 from megamup.scaling.curve_fit import analyse_curves
 from megamup.scaling.curves import Curve, Smoothing

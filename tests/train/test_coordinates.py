@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megamup.config import Config
+from megamup.kernels.attention import reference
 from megamup.kernels.rotary import rotate
 from megamup.models.blocks import Block, CoreAttention
 from megamup.mup import attention_scale
@@ -124,9 +125,9 @@ def one_step_by_hand(config: Config) -> tuple[Pairs, Pairs]:
 
 def make_probe(config: Config) -> Probe:
     world_size, device = distributed.world_size(), distributed.join()
-    mesh = build_mesh(config.parallel.tensor, config.parallel.pipeline)
+    mesh = build_mesh(config.parallel)
     data, _ = open_data(config, mesh.data.rank, world_size)
-    batch, _ = weigh(read(data, 0), mesh.data, device)
+    batch, _ = weigh(read(data, 0), mesh, device)
     return Probe(build_engine(config, mesh, world_size), mesh, batch)
 
 
@@ -167,7 +168,7 @@ def test_attention_logits_are_those_of_causal_pairs() -> None:
     """GQA's heads meet their own keys, one pair at a time."""
     generator = torch.Generator().manual_seed(0)
     query, key = (torch.randn(2, heads, 5, 8, generator=generator) for heads in (6, 2))
-    found = attention_logits(CoreAttention("core", BlockScales(attention_logits=-0.3)), query, key)
+    found = attention_logits(CoreAttention("core", BlockScales(attention_logits=-0.3), reference), query, key)
     pairs = [(at, past) for at in range(5) for past in range(at + 1)]
     expected = torch.stack(
         [-0.3 * (query[:, :, at] * key[:, [0, 0, 0, 1, 1, 1], past]).sum(-1) for at, past in pairs], -1

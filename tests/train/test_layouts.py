@@ -75,7 +75,32 @@ def gathered(config: Config, ranks: list[Shards]) -> dict[str, npt.NDArray[Any]]
     return whole
 
 
-References = dict[str, tuple[Curve, float, dict[str, npt.NDArray[Any]]]]
+# Sequence and context parallelism, and everything that computes the same in another way.
+VARIANTS = [
+    (2, ["parallel.tensor=2", "parallel.sequence=true"]),
+    (4, ["parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2", "deepspeed=ds_configs/zero1.json"]),
+    (4, ["parallel.tensor=2", "parallel.sequence=true", "deepspeed=ds_configs/zero3.json"]),
+    (2, ["parallel.context=2"]),
+    (4, ["parallel.context=2", "deepspeed=ds_configs/zero2.json"]),
+    (4, ["parallel.context=2", "parallel.pipeline=2", "deepspeed=ds_configs/zero1.json"]),
+    (
+        4,
+        [
+            "parallel.context=2",
+            "parallel.tensor=2",
+            "parallel.sequence=true",
+            "deepspeed=ds_configs/zero1.json",
+            "model.n_kv_heads=4",
+        ],
+    ),
+    (1, ["train.recompute=full", "kernels.cross_entropy=reference"]),
+    (2, ["train.recompute=selective", "parallel.tensor=2", "parallel.sequence=true"]),
+    (2, ["train.recompute=2", "parallel.pipeline=2", "kernels.attention=reference"]),
+    (2, ["train.recompute=full", "deepspeed=ds_configs/zero3.json"]),
+]
+
+Reference = tuple[Curve, float, dict[str, npt.NDArray[Any]]]
+References = dict[tuple[str, ...], Reference]
 
 
 @pytest.fixture(scope="module")
@@ -83,12 +108,13 @@ def references() -> References:
     return {}
 
 
-def reference(make_config: Any, arch: str, known: References) -> tuple[Curve, float, dict[str, npt.NDArray[Any]]]:
-    if arch not in known:
-        config = make_config(f"model.arch={arch}", CLIP[arch], "run.name=reference")
+def reference(make_config: Any, known: References, *model: str) -> Reference:
+    """What one rank makes of a model, given as overrides of the config."""
+    if model not in known:
+        config = make_config(*model, "run.name=reference")
         curve, valid_loss, shards = run_ranks(run, 1, config, 1)[0]
-        known[arch] = curve, valid_loss, gathered(config, [shards])
-    return known[arch]
+        known[model] = curve, valid_loss, gathered(config, [shards])
+    return known[model]
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -96,17 +122,26 @@ def reference(make_config: Any, arch: str, known: References) -> tuple[Curve, fl
 def test_layout_trains_the_model_of_one_rank(
     make_config: Any, references: References, arch: str, tensor: int, pipeline: int, data: int, zero: int
 ) -> None:
-    expected, expected_valid, expected_weights = reference(make_config, arch, references)
-    config = make_config(
-        f"model.arch={arch}",
-        CLIP[arch],
-        f"parallel.tensor={tensor}",
-        f"parallel.pipeline={pipeline}",
-        f"deepspeed=ds_configs/zero{zero}.json",
-    )
-    world_size = tensor * pipeline * data
-    ranks = run_ranks(run, world_size, config, world_size)
+    model = (f"model.arch={arch}", CLIP[arch])
+    layout = (f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}", f"deepspeed=ds_configs/zero{zero}.json")
+    known = reference(make_config, references, *model)
+    assert_trains_the_same(make_config(*model, *layout), tensor * pipeline * data, known)
 
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(("world_size", "overrides"), VARIANTS)
+def test_variant_trains_the_model_of_one_rank(
+    make_config: Any, references: References, arch: str, world_size: int, overrides: list[str]
+) -> None:
+    model = (f"model.arch={arch}", CLIP[arch], *(key for key in overrides if key.startswith("model.")))
+    known = reference(make_config, references, *model)
+    assert_trains_the_same(make_config(*model, *overrides), world_size, known)
+
+
+def assert_trains_the_same(config: Config, world_size: int, known: Reference) -> None:
+    """Losses, norms, evaluation and initial weights of one rank; clipping acted on some steps."""
+    expected, expected_valid, expected_weights = known
+    ranks = run_ranks(run, world_size, config, world_size)
     curve, valid_loss, _ = ranks[0]
     assert all(rank[0] == curve for rank in ranks), "ranks disagree on the global loss or norm"
     assert expected[-1][0] < 0.9 * expected[0][0], "nothing was learnt: the comparison would be of initial weights"
@@ -130,7 +165,7 @@ def test_bf16_follows_fp32_in_every_engine(
     make_config: Any, references: References, tensor: int, pipeline: int, data: int, zero: int
 ) -> None:
     """Compute in bf16, accumulation and masters in fp32: losses stay within bf16's rounding of the fp32 run's."""
-    expected, _, _ = reference(make_config, "llama", references)
+    expected, _, _ = reference(make_config, references, "model.arch=llama", CLIP["llama"])
     config = make_config(
         "precision=bf16",
         CLIP["llama"],
@@ -154,7 +189,7 @@ def run_bf16(config: Config, world_size: int) -> tuple[Curve, float, set[str]]:
 
 
 def test_micro_batches_do_not_change_the_model(make_config: Any, references: References) -> None:
-    expected, _, _ = reference(make_config, "llama", references)
+    expected, _, _ = reference(make_config, references, "model.arch=llama", CLIP["llama"])
     for micro in (1, 8):
         curve, _, _ = run_ranks(
             run, 1, make_config(CLIP["llama"], f"batch.micro_sequences={micro}", f"run.name=micro{micro}"), 1

@@ -158,7 +158,7 @@ def test_weights_are_shares_of_the_global_batchs_targets(padded: bool) -> None:
         TensorBatch(window, 20, None),
         TensorBatch(window, 13, mask) if padded else TensorBatch(window, 20, None),
     ]
-    micro, targets = weigh(batches, SINGLE.data, torch.device("cpu"))
+    micro, targets = weigh(batches, SINGLE, torch.device("cpu"))
     assert int(targets) == (33 if padded else 40)
     losses = torch.rand(2, 2, 10)
     mean = sum((loss * batch.weights).sum() for loss, batch in zip(losses, micro, strict=True)) / 2

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megamup.config import Config
+from megamup.kernels.attention import reference
 from megamup.kernels.rotary import rotate
 from megamup.models.blocks import Block, CoreAttention
 from megamup.mup import attention_scale
@@ -123,7 +124,7 @@ def one_step_by_hand(config: Config) -> tuple[dict[str, float], dict[str, float]
 
 
 def forward_by_hand(run: Training, step: int) -> dict[str, float]:
-    batch, _ = weigh(read(run.train_data, step), run.mesh.data, run.device)
+    batch, _ = weigh(read(run.train_data, step), run.mesh, run.device)
     expected, attention = {}, [0.0]
     x: Tensor = batch[0].tokens
     with torch.no_grad():
@@ -134,7 +135,7 @@ def forward_by_hand(run: Training, step: int) -> dict[str, float]:
         ):
             if isinstance(layer, Block):
                 attention.append(largest_logit(run.config, layer, x))
-            x = layer(x)
+            x = layer(x).logits() if name == "readout" else layer(x)
             expected[f"activation_rms_{name}"] = float(x.square().mean().sqrt())
     del expected["activation_rms_readout"]
     return expected | {"attention_logit_max": max(attention), "output_logit_max": float(x.abs().max())}
@@ -159,7 +160,7 @@ def test_largest_logit_is_that_of_all_rows_together(monkeypatch: pytest.MonkeyPa
     query, key = (torch.randn(2, heads, 37, 8, generator=generator) for heads in (6, 2))
     key[:, :, -1] *= 100  # the future of every query but the last
     query[:, :, -1] = 0
-    core = CoreAttention("core", BlockScales(attention_logits=-0.3))
+    core = CoreAttention("core", BlockScales(attention_logits=-0.3), reference)
     expected = float(attention_logits(core, query, key).abs().max())
     assert float(monitor.largest_attention_logit(query, key, -0.3)) == pytest.approx(expected, rel=1e-6)
     assert expected < 20 < float((0.3 * query @ key.repeat_interleave(3, 1).mT).abs().max())

@@ -8,10 +8,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from megamup.cluster import Cluster
 from megamup.errors import MegamupError
 from megamup.page import page, table_section
 from megamup.scaling import allocation, mfu
-from megamup.scaling.allocation import Cluster
 from megamup.scaling.analysis import Result
 from megamup.scaling.estimate import Estimate, estimate
 from megamup.scaling.figures.drawing import Drawing, plain

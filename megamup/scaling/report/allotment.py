@@ -7,7 +7,8 @@ from functools import partial
 
 import numpy as np
 
-from megamup.scaling.allocation import Allocation, Cluster, Optimum, allocate
+from megamup.cluster import Cluster
+from megamup.scaling.allocation import Allocation, Optimum, allocate
 from megamup.scaling.analysis import Result
 from megamup.scaling.figures.frontier import has_frontier
 from megamup.scaling.report.subject import Subject

@@ -17,7 +17,7 @@ from megamup.scaling.fit_file import save_result
 from megamup.scaling.laws.loss import power
 from megamup.scaling.runs import Ladder, Point
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # Of a block: query and output 64·64, key and value 32·64, gate, up and down 64·160, two norms. 512 tokens a step.
 BLOCK_CUT, BLOCK_WHOLE, TABLE = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 160, 2 * 64, 256 * 64
 TOTAL = 4 * (BLOCK_CUT + BLOCK_WHOLE) + 64 + 2 * TABLE
@@ -71,14 +71,14 @@ def test_totals(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_bytes_of_zero_stages(
     config_file: Path, capsys: pytest.CaptureFixture[str], stage: int, precision: str
 ) -> None:
-    """4 replicas: ZeRO 1 cuts the optimizer (with bf16, its masters too), 2 the gradients, 3 the weights."""
+    """4 replicas: ZeRO 1 cuts the optimizer, which has masters then (in fp32 too), 2 the gradients, 3 the weights, but
+    keeps those whole that are smaller than DeepSpeed's param_persistence_threshold: here all of them."""
     overrides = [f"deepspeed=ds_configs/zero{stage}.json", f"precision={precision}"]
-    mixed = precision == "bf16" and stage > 0
-    weights, optimizer = (2, 12) if mixed else (4, 8)
+    element = 2 if precision == "bf16" and stage > 0 else 4
     assert planned(capsys, config_file, *overrides, "--ranks", "4")["state_bytes_per_rank"] == {
-        "weights": weights * TOTAL // (4 if stage == 3 else 1),
+        "weights": element * TOTAL + (element * TOTAL // 4 if stage == 3 else 0),
         "gradients": 4 * TOTAL // (4 if stage >= 2 else 1),
-        "optimizer": optimizer * TOTAL // (4 if stage >= 1 else 1),
+        "optimizer": 12 * TOTAL // 4 if stage >= 1 else 8 * TOTAL,
     }
 
 
@@ -176,3 +176,45 @@ def test_a_fit_tells_the_final_loss(config_file: Path, tmp_path: Path, capsys: p
 
 def test_overrides_follow_the_files(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert planned(capsys, config_file, "train.steps=40")["tokens"] == 20_480
+
+
+NODE = "configs/clusters/h100.yaml,nodes=1,price=2"
+
+
+def test_without_a_cluster_there_is_no_time(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = planned(capsys, config_file)
+    assert {"step", "run", "device_memory_bytes"}.isdisjoint(found)
+    assert tool().main([str(config_file)]) == 0
+    said = capsys.readouterr().out
+    assert not any(word in said for word in ("tokens/s", "MFU", "days", "bound by"))
+
+
+def test_with_a_cluster(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """20 steps on 8 devices, at 2 a device-hour."""
+    found = planned(capsys, config_file, "--cluster", NODE)
+    step, run = found["step"], found["run"]
+    assert found["ranks"]["world"] == 8
+    assert sum(step["terms"].values()) == pytest.approx(step["seconds"])
+    assert step["bound"] in step["terms"]
+    assert step["tokens_per_s"] == pytest.approx(512 / step["seconds"])
+    assert run["device_hours"] == pytest.approx(8 * 20 * step["seconds"] / 3600)
+    assert run["days"] == pytest.approx(20 * step["seconds"] / 86_400)
+    assert run["cost"] == pytest.approx(2 * run["device_hours"])
+    assert tool().main([str(config_file), "--cluster", NODE]) == 0
+    said = capsys.readouterr().out
+    assert f"bound by        {step['bound']}" in said
+    assert "fits in         90% of a device's 80 GB" in said
+    assert tool().main([str(config_file), "--cluster", f"{NODE},memory=1e6"]) == 0
+    assert "does not fit in 90% of a device's 0.001 GB" in capsys.readouterr().out
+
+
+def test_ranks_and_devices_tell_each_other(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = "configs/clusters/h100.yaml"
+    assert planned(capsys, config_file, "--cluster", file, "--ranks", "4")["ranks"]["world"] == 4
+    assert planned(capsys, config_file, "parallel.tensor=2", "--cluster", file)["ranks"]["world"] == 2
+    for arguments, part in (
+        (["--cluster", NODE, "--ranks", "4"], "the cluster has 8 devices"),
+        (["--cluster", f"{NODE},mfu=40"], "has no effect on a plan, which predicts it"),
+    ):
+        assert tool().main([str(config_file), *arguments]) == 2
+        assert part in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What a config means, before anything is built: parameters, FLOPs, bytes of training state, the abc-table."""
+"""What a config means, as one JSON object and as text: parameters, FLOPs, bytes, step time, the abc-table."""
 
 from __future__ import annotations
 
@@ -6,46 +6,17 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any, get_args
 
+from megamup.cluster import Cluster
 from megamup.config import Config
 from megamup.flops import Convention, flops_per_token
 from megamup.mup import block_scales, ratios, readout_multiplier, table
 from megamup.parameters import Parameter, count, parameters
+from megamup.plan.layout import layout_of
+from megamup.plan.memory import memory, state_bytes
+from megamup.plan.search import HEADROOM
+from megamup.plan.state import stage_parameters
+from megamup.plan.time import StepTime, step_time
 from megamup.sections import Model
-
-
-def state_bytes(config: Config, world_size: int) -> dict[str, int]:
-    """Bytes of weights, gradients and optimizer state on the rank that holds most, without activations.
-
-    bf16 under ZeRO 1-3 keeps 2-byte weights beside fp32 masters and fp32 accumulated gradients; otherwise all is
-    fp32. ZeRO 1 cuts the optimizer over the data axis, 2 the gradients too, 3 the weights too (Rajbhandari et al.
-    2020, section 5).
-    """
-    data, stage = config.parallel.data(world_size), config.zero_stage
-    held = max(stage_parameters(config))
-    mixed = config.precision == "bf16" and stage > 0
-    return {
-        "weights": (2 if mixed else 4) * held // (data if stage >= 3 else 1),
-        "gradients": 4 * held // (data if stage >= 2 else 1),
-        "optimizer": (12 if mixed else 8) * held // (data if stage >= 1 else 1),
-    }
-
-
-def stage_parameters(config: Config) -> list[int]:
-    """Parameters that one tensor rank of each pipeline stage holds; blocks are spread as evenly as they go."""
-    stages, tensor, layers = config.parallel.pipeline, config.parallel.tensor, config.model.n_layers
-    held = [0] * stages
-    first_layers = [-(-layers * stage // stages) for stage in range(stages + 1)]
-    for parameter in parameters(config.model).values():
-        size = parameter.size // (tensor if parameter.partition_dim is not None else 1)
-        where = parameter.name.split(".")
-        if where[0] == "blocks":
-            stage = next(s for s in range(stages) if int(where[1]) < first_layers[s + 1])
-        else:
-            stage = 0 if where[0] == "embedding" else stages - 1
-        held[stage] += size
-        if config.model.tie_embeddings and parameter.name == "embedding.token" and stages > 1:
-            held[-1] += size  # the tied readout's copy
-    return held
 
 
 def base_model(config: Config) -> Model:
@@ -64,8 +35,8 @@ def base_model(config: Config) -> Model:
     return Model.model_validate(model.model_dump() | changed)
 
 
-def plan(config: Config, world_size: int) -> dict[str, Any]:
-    """Everything that the config settles, as one JSON object."""
+def plan(config: Config, world_size: int, cluster: Cluster | None = None) -> dict[str, Any]:
+    """Everything that the config settles, as one JSON object; with a cluster also what a step takes there."""
     conventions: tuple[Convention, ...] = get_args(Convention)
     per_token = {name: flops_per_token(config.model, config.seq_len, name) for name in conventions}
     tokens = config.tokens
@@ -85,26 +56,45 @@ def plan(config: Config, world_size: int) -> dict[str, Any]:
         "flops": per_token[config.train.flops_convention] * tokens,
         "flops_convention": config.train.flops_convention,
         "state_bytes_per_rank": state_bytes(config, world_size),
+        "memory_bytes_per_rank": asdict(memory(config, world_size, "cuda" if cluster is None else cluster.kind)),
         "ratios": {**at.width, "depth": at.depth, "batch": at.batch, "tokens": at.tokens},
         "attention_scale": block_scales(config, 0).attention_logits,
         "residual_branch": block_scales(config, 0).mlp.branch,
         "readout_multiplier": readout_multiplier(config),
         "table": {name: asdict(scales) for name, scales in table(config).items()},
+        **({} if cluster is None else run_json(config, predicted(config, world_size, cluster), cluster)),
     }
 
 
-def plan_lines(config: Config, world_size: int) -> Iterator[str]:
+def predicted(config: Config, world_size: int, cluster: Cluster) -> StepTime:
+    """The config's step on ``world_size`` devices of the cluster."""
+    layout = layout_of(config, world_size, cluster.kind)
+    return step_time(config.model, config.seq_len, layout, cluster, tuple(stage_parameters(config)))
+
+
+def run_json(config: Config, step: StepTime, cluster: Cluster) -> dict[str, Any]:
+    """A step and the run: time that trains, without evaluation, saving, restarts."""
+    hours = config.train.steps * step.seconds / 3600
+    cost = None if cluster.price is None else hours * step.devices * cluster.price
+    return {
+        "step": step.as_json(),
+        "run": {"days": hours / 24, "device_hours": hours * step.devices, "cost": cost},
+        "device_memory_bytes": cluster.memory,
+    }
+
+
+def plan_lines(config: Config, world_size: int, cluster: Cluster | None = None) -> Iterator[str]:
     """The plan as text; parameters of blocks that share a row of the table stand once."""
-    found = plan(config, world_size)
+    found = plan(config, world_size, cluster)
     total, base = found["parameters"], found["base_parameters"]
     yield f"parameters        {total['total']:,} ({total['non_embedding']:,} without embeddings and readout)"
     yield f"base parameters   {base['total']:,} ({base['non_embedding']:,})"
     yield f"tokens            {found['tokens']:,} = {config.train.steps:,} steps x {found['batch_tokens']:,}"
     for name, flops in found["flops_per_token"].items():
         yield f"FLOPs {name:<24} {flops:.4g} a token, {flops * found['tokens']:.4g} in all"
-    state = found["state_bytes_per_rank"]
-    parts = ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in state.items())
-    yield f"state per rank    {sum(state.values()) / 2**20:,.1f} MiB ({parts}), without activations"
+    yield from memory_lines(found["memory_bytes_per_rank"], cluster)
+    if cluster is not None:
+        yield from step_lines(config, found, world_size, cluster)
     yield f"ratios to base    {', '.join(f'{name} {value:g}' for name, value in found['ratios'].items())}"
     yield f"attention scale   {found['attention_scale']:.6g}"
     if found["residual_branch"] != 1:
@@ -112,6 +102,33 @@ def plan_lines(config: Config, world_size: int) -> Iterator[str]:
     yield f"readout           x {found['readout_multiplier']:.6g}" + (" (tied)" if config.model.tie_embeddings else "")
     yield ""
     yield from table_lines(config)
+
+
+def memory_lines(found: dict[str, int], cluster: Cluster | None) -> Iterator[str]:
+    parts = ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in found.items() if name != "total")
+    yield f"memory per rank   {found['total'] / 2**20:,.1f} MiB at its peak"
+    yield f"  of which        {parts}"
+    if cluster is not None and cluster.memory is not None:
+        share = found["total"] / cluster.memory
+        verdict = "fits in" if share <= HEADROOM else "does not fit in"
+        yield f"  {verdict:<16}{HEADROOM:.0%} of a device's {cluster.memory / 1e9:g} GB: it is {share:.0%}"
+
+
+def step_lines(config: Config, found: dict[str, Any], world_size: int, cluster: Cluster) -> Iterator[str]:
+    step, run = found["step"], found["run"]
+    seconds, device = step["seconds"], cluster.device or "devices"
+    yield (
+        f"step              {seconds:.4g} s on {world_size:,} x {device}: {step['tokens_per_s']:,.0f} tokens/s, MFU "
+        f"{step['mfu_percent']:.1f}% (PaLM), HFU {step['hfu_percent']:.1f}%"
+    )
+    for name, value in sorted(step["terms"].items(), key=lambda term: -term[1]):
+        yield f"  {name:<16}{value:.4g} s, {value / seconds:.1%}"
+    yield f"  bound by        {step['bound']}"
+    cost = "" if run["cost"] is None else f", cost {run['cost']:,.0f}"
+    yield (
+        f"run               {run['days']:.3g} days of training, {run['device_hours']:,.0f} device-hours{cost}, without "
+        "evaluation, saving and restarts"
+    )
 
 
 def table_lines(config: Config) -> Iterator[str]:

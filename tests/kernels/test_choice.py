@@ -1,0 +1,144 @@
+"""Which backend serves a run: the fastest that can, or the one asked for, or an error that says why it can't."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from megamup.config import Config
+from megamup.errors import MegamupError
+from megamup.kernels import attention, choice, mlp, norm, rotary
+from megamup.kernels.choice import Machine, available, choose, chosen, kernels_of
+from tests.conftest import MakeConfig
+from tests.kernels.comparison import apart, draw, heads, results
+
+CPU, VOLTA, AMPERE, HOPPER = (
+    Machine("cpu", None),
+    Machine("cuda", (7, 0)),
+    Machine("cuda", (8, 0)),
+    Machine("cuda", (9, 0)),
+)
+OPERATIONS = ("attention", "norm", "mlp", "rotary", "cross_entropy")
+GPT = ("model.arch=gpt", "model.n_kv_heads=4")
+
+
+@pytest.fixture
+def everything_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "import_error", lambda module: None)
+
+
+@pytest.fixture
+def nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("flash_attn", "liger_kernel"):
+        monkeypatch.setitem(sys.modules, module, None)
+        for loaded in [name for name in sys.modules if name.startswith(f"{module}.")]:
+            monkeypatch.setitem(sys.modules, loaded, None)
+
+
+def names(config: Config, machine: Machine) -> tuple[str, ...]:
+    return tuple(chosen(op, config, machine) for op in OPERATIONS)
+
+
+@pytest.mark.usefixtures("everything_installed")
+@pytest.mark.parametrize(
+    ("machine", "overrides", "expected"),
+    [
+        (CPU, (), ("sdpa", "torch", "torch", "torch", "fused")),
+        (AMPERE, ("precision=bf16",), ("flash_attn", "liger", "liger", "liger", "liger")),
+        (HOPPER, ("precision=bf16",), ("sdpa", "liger", "liger", "liger", "liger")),
+        (AMPERE, (), ("sdpa", "liger", "liger", "liger", "liger")),
+        (VOLTA, ("precision=bf16",), ("sdpa", "torch", "torch", "torch", "fused")),
+        (AMPERE, ("precision=bf16", "kernels.compile=true"), ("flash_attn", "torch", "torch", "torch", "liger")),
+        (AMPERE, ("precision=bf16", "model.d_head=264"), ("sdpa", "liger", "liger", "liger", "liger")),
+        (AMPERE, ("precision=bf16", "parallel.tensor=2"), ("flash_attn", "liger", "liger", "liger", "fused")),
+        (AMPERE, ("precision=bf16", *GPT), ("flash_attn", "liger", "torch", "liger", "liger")),
+    ],
+)
+def test_auto(make_config: MakeConfig, machine: Machine, overrides: tuple[str, ...], expected: tuple[str, ...]) -> None:
+    assert names(make_config(*overrides), machine) == expected
+
+
+@pytest.mark.usefixtures("nothing_installed")
+def test_auto_takes_what_is_installed(make_config: MakeConfig) -> None:
+    assert names(make_config("precision=bf16"), AMPERE) == ("sdpa", "torch", "torch", "torch", "fused")
+
+
+@pytest.mark.usefixtures("everything_installed")
+@pytest.mark.parametrize(
+    ("machine", "overrides", "message"),
+    [
+        (CPU, ["kernels.attention=flash_attn"], "kernels.attention=flash_attn .* needs CUDA.*: auto, sdpa, reference"),
+        (VOLTA, ["kernels.attention=flash_attn"], "Ampere.*7, 0"),
+        (AMPERE, ["kernels.attention=flash_attn"], "precision is fp32, set precision=bf16"),
+        (AMPERE, ["kernels.attention=flash_attn", "precision=bf16", "model.d_head=264"], "d_head up to 256.* 264"),
+        (CPU, ["kernels.attention=flex"], "no backward pass on a CPU"),
+        (AMPERE, ["kernels.attention=flex", "model.d_head=8"], "d_head of 16 or more, which is 8"),
+        (CPU, ["kernels.norm=liger"], "kernels.norm=liger can't run here: it needs CUDA.*: auto, torch, reference"),
+        (VOLTA, ["kernels.norm=liger"], "Ampere.*7, 0"),
+        (AMPERE, ["kernels.mlp=liger", *GPT], "tanh approximation"),
+        (AMPERE, ["kernels.mlp=liger", "model.d_ff=65600"], "65600"),
+        (AMPERE, ["kernels.cross_entropy=liger", "parallel.tensor=2"], "parallel.tensor=2.*: auto, fused, reference"),
+    ],
+)
+def test_what_cannot_run_is_refused(
+    make_config: MakeConfig, machine: Machine, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(MegamupError, match=message):
+        names(make_config(*overrides), machine)
+
+
+@pytest.mark.usefixtures("nothing_installed")
+@pytest.mark.parametrize(
+    ("key", "module"), [("kernels.attention=flash_attn", "flash_attn"), ("kernels.rotary=liger", "liger_kernel")]
+)
+def test_what_is_not_installed_says_how_to(make_config: MakeConfig, key: str, module: str) -> None:
+    with pytest.raises(MegamupError, match=rf"{module}.* is not installed: pip install 'megamup\[cuda\]'"):
+        names(make_config(key, "precision=bf16"), AMPERE)
+
+
+def test_what_is_installed_but_broken_is_told_apart(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As flash-attn is when it was built for another torch."""
+
+    def broken(module: str) -> None:
+        raise ImportError(f"{module}: undefined symbol: _ZN3c105ErrorE\nmore")
+
+    monkeypatch.setattr("importlib.import_module", broken)
+    reason = available("attention", "flash_attn", make_config("precision=bf16"), AMPERE)
+    assert reason == "flash_attn is installed but can't be imported: flash_attn: undefined symbol: _ZN3c105ErrorE"
+
+
+@pytest.mark.parametrize(
+    ("op", "backend"), [("attention", "reference"), ("norm", "reference"), ("mlp", "reference"), ("rotary", "torch")]
+)
+def test_what_is_asked_for_is_taken(make_config: MakeConfig, op: str, backend: str) -> None:
+    assert choose(make_config(f"kernels.{op}={backend}"), "cpu").names[op] == backend
+
+
+def test_names_are_the_functions(make_config: MakeConfig) -> None:
+    ours = choose(make_config(), "cpu")
+    assert (ours.attention, ours.rms_norm, ours.swiglu) == (attention.sdpa, norm.torch_rms_norm, mlp.torch_swiglu)
+    plain = choose(make_config(*(f"kernels.{op}=reference" for op in OPERATIONS)), "cpu")
+    assert (plain.attention, plain.layer_norm) == (attention.reference, norm.reference_layer_norm)
+    assert (plain.gelu, plain.rotate) == (mlp.reference_gelu, rotary.reference_rotate)
+    fast = {**ours.names, "attention": "sdpa", "norm": "liger", "mlp": "liger", "rotary": "liger"}
+    on_hopper = kernels_of(fast, HOPPER)
+    assert on_hopper.attention is attention.cudnn_sdpa
+    assert (on_hopper.rms_norm, on_hopper.swiglu) == (norm.liger_rms_norm, mlp.liger_swiglu)
+    assert (on_hopper.gelu, on_hopper.geglu) == (mlp.torch_gelu, mlp.torch_geglu)
+    assert kernels_of(fast, AMPERE).attention is attention.sdpa
+
+
+def test_the_default_compiles_as_one_graph(make_config: MakeConfig) -> None:
+    torch.compiler.reset()
+    kernels = choose(make_config(), "cpu")
+
+    def region(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        query, key = kernels.rotate(query, key, 500.0)
+        mixed = kernels.attention(kernels.rms_norm(query, weight, 1e-5), key, value, 0.1, attention.CAUSAL)
+        return kernels.swiglu(kernels.layer_norm(mixed, weight, weight, 1e-5), kernels.gelu(mixed))
+
+    inputs = [*heads(6, 2), draw(16, seed=7)]
+    compiled = torch.compile(region, fullgraph=True, dynamic=False, backend="aot_eager")
+    assert apart(results(compiled, inputs), results(region, inputs)) < 1e-13

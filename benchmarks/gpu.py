@@ -44,6 +44,7 @@ from race import (
     Result,
     bounded,
     check_same_work,
+    end_children_too,
     litgpt_site,
     prepare,
     run_other,
@@ -277,6 +278,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="a toy on the CPU")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/gpu-DEVICE-DATE.md")
     options = parser.parse_args(argv)
+    end_children_too()
     begun = time.monotonic()
     if options.dry_run:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks

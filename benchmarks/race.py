@@ -162,6 +162,15 @@ def bounded(command: Sequence[str], sink: TextIO, environment: dict[str, str], l
             process.wait()
 
 
+def end_children_too() -> None:
+    """Let a SIGTERM end this process as Ctrl-C does, so that `bounded` takes what it started with it."""
+
+    def end(*_: object) -> None:
+        sys.exit(143)
+
+    signal.signal(signal.SIGTERM, end)
+
+
 def tail(log: Path, characters: int = 2000) -> str:
     return log.read_text(encoding="utf-8", errors="replace")[-characters:]
 

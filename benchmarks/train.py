@@ -37,6 +37,7 @@ from race import (
     Result,
     Standings,
     check_same_work,
+    end_children_too,
     fastest,
     litgpt_site,
     prepare,
@@ -147,6 +148,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="everyone without torch.compile")
     parser.add_argument("--output", type=Path, help="write the tables here as Markdown, and as .json beside it")
     options = parser.parse_args(argv)
+    end_children_too()
     command = " ".join(["./dev bench train", *(sys.argv[1:] if argv is None else argv)])
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     page = ["# Training speed on a CPU", "", headline(command, "torch", "deepspeed", "transformers"), ""]

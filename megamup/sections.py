@@ -198,14 +198,25 @@ class Parallel(Section):
 
     def data(self, world_size: int) -> int:
         """Number of data-parallel replicas among ``world_size`` ranks."""
-        model_ranks = self.tensor * self.pipeline * self.context
-        if world_size % model_ranks:
+        if world_size % self.replica_ranks:
             context = f" x context={self.context}" if self.context > 1 else ""
             raise MegamupError(
-                f"parallel: tensor={self.tensor} x pipeline={self.pipeline}{context} = {model_ranks} ranks a replica, "
-                f"but {world_size} ranks were started, which is no multiple; start a multiple of {model_ranks}"
+                f"parallel: tensor={self.tensor} x pipeline={self.pipeline}{context} = {self.replica_ranks} ranks a "
+                f"replica, but {world_size} ranks were started, which is no multiple; start a multiple of "
+                f"{self.replica_ranks}"
             )
-        return world_size // model_ranks
+        return world_size // self.replica_ranks
+
+    @property
+    def replica_ranks(self) -> int:
+        """Ranks that train on the same samples."""
+        return self.tensor * self.pipeline * self.context
+
+    @property
+    def label(self) -> str:
+        parts = [f"tensor={self.tensor}", f"pipeline={self.pipeline}"]
+        parts += [f"context={self.context}"] if self.context > 1 else []
+        return ", ".join([*parts, "sequence"] if self.sequence else parts)
 
     @model_validator(mode="after")
     def check_sequence(self) -> Parallel:

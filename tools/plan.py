@@ -61,7 +61,7 @@ def places(arguments: argparse.Namespace, config: Config) -> tuple[int, Cluster 
     """The number of ranks, and the cluster where one is given; either tells the other."""
     if arguments.ranks is not None and arguments.ranks < 1:
         raise MegamupError(f"--ranks {arguments.ranks}: expected at least 1")
-    replica = config.parallel.tensor * config.parallel.pipeline * config.parallel.context
+    replica = config.parallel.replica_ranks
     ranks = arguments.ranks or replica
     if arguments.cluster is None:
         return ranks, None

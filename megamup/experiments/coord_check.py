@@ -291,7 +291,7 @@ def sizes_of(sizes: Sequence[int], flag: str, variant: Callable[[int], Config]) 
 
 
 def ranks(config: Config) -> int:
-    return config.parallel.tensor * config.parallel.pipeline
+    return config.parallel.replica_ranks
 
 
 # --------------------------------------------------------------------------- showing
@@ -305,7 +305,7 @@ def as_json(check: Check) -> dict[str, Any]:
         "tolerance": check.tolerance,
         "seeds": check.seeds,
         "flat": check.flat,
-        "layout": {"tensor": check.config.parallel.tensor, "pipeline": check.config.parallel.pipeline},
+        "layout": check.config.parallel.model_dump(),
         "parametrization": check.config.mup.parametrization,
         "slopes": {
             slope.module: {
@@ -345,10 +345,9 @@ def lines(check: Check) -> Iterator[str]:
         mark = f"  <- {' and '.join(wrong)} not flat" if wrong else ""
         yield f"{found.module:<{width}}  {init:>8}{change:>9}    {first:>9.3g}{last:>10.3g}{mark}"
     bad = sum(bool(found.outside(check.tolerance)) for found in check.slopes)
-    layout = f"tensor={check.config.parallel.tensor}, pipeline={check.config.parallel.pipeline}"
     verdict = "flat" if check.flat else f"NOT flat: {bad} of {len(check.slopes)} modules are outside"
     bound = f"|slope| <= {check.tolerance:g}; (..) is not judged"
-    yield f"{check.config.mup.parametrization}, {layout}: {verdict} ({bound})"
+    yield f"{check.config.mup.parametrization}, {check.config.parallel.label}: {verdict} ({bound})"
 
 
 def shown(value: float | None) -> str:

@@ -67,10 +67,9 @@ def draw(axes: Axes, check: Check, slopes: Slopes) -> None:
 def html(check: Check) -> str:
     """The page as one HTML document: verdict, figure, slopes."""
     config, axis = check.config, check.axis
-    layout = f"tensor={config.parallel.tensor}, pipeline={config.parallel.pipeline}"
     verdict = "flat" if check.flat else "not flat"
     lead = (
-        f"<p class='lead'><strong>{verdict}</strong>: {config.model.arch}, {config.mup.parametrization}, {layout}, "
+        f"<p class='lead'><strong>{verdict}</strong>: {config.model.arch}, {config.mup.parametrization}, {config.parallel.label}, "
         f"{axis} {', '.join(map(str, check.sizes))}, {check.seeds} seed(s), tolerance {check.tolerance:g}.</p>"
     )
     caption = f"Each panel spans two decades or more; the figure in its title is the last step's slope on log {axis}."

@@ -130,9 +130,15 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, multiplier: float, axis: Axis
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        multiplier: float,
+        axis: Axis,
+        wanted: bool,
     ) -> Tensor:
-        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         of_hidden = torch.empty_like(hidden) if wanted else None
         of_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted else None
         matrix = weight.to(hidden.dtype)
@@ -162,7 +168,7 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         of_hidden, of_weight = ctx.saved_tensors
         of_weight = of_weight.mul_(grads[0]).to(ctx.dtype)
-        return of_hidden.mul_(grads[0]), of_weight, None, None, None, None
+        return of_hidden.mul_(grads[0]), of_weight, None, None, None, None, None
 
 
 def fused(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, multiplier: float, axis: Axis) -> Tensor:
@@ -179,5 +185,7 @@ def fused(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, mult
     Returns:
         One number in nats, fp32, the same on every rank of the axis.
     """
-    loss: Any = _Fused.apply(hidden, weight, targets, weights, multiplier, axis)  # type: ignore[no-untyped-call]
+    # Asked here: in a Function's forward gradients are always off, and `needs_input_grad` is of the inputs alone.
+    wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    loss: Any = _Fused.apply(hidden, weight, targets, weights, multiplier, axis, wanted)  # type: ignore[no-untyped-call]
     return cast(Tensor, loss)

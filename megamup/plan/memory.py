@@ -146,16 +146,21 @@ class Stage:
         for place in reversed(range(len(self.blocks))):
             block = self.blocks[place][version]
             level -= block.kept
-            made += self.blocks[place][0].weights
-            reduces = bool(of_state.reduced_from) and made > self.weight_bytes * of_state.reduced_from
-            again = of_state.again if reduces and not first else 0
-            yield Moment(f"{which} backward, block {place}", level + again + block.backward)
+            begun = bool(of_state.reduced_from) and made > self.weight_bytes * of_state.reduced_from
+            again = 0 if first else of_state.again
+            yield Moment(f"{which} backward, block {place}", level + (again if begun else 0) + block.backward)
+            if reduced := self.reduced(block, made):
+                yield Moment(f"{which} reduction, block {place}", level + reduced + again + of_state.reduction)
             level += block.weights
-            if reduces:
-                yield Moment(f"{which} reduction, block {place}", level + again + of_state.reduction)
+            made += self.blocks[place][0].weights
         if self.embedding:
             level -= self.embedding[0].kept
             yield Moment(f"{which} backward, embedding", level + self.embedding[version].backward + self.tied)
+
+    def reduced(self, block: Footprint, made: int) -> int:
+        """Most bytes of a block's backward pass at a product whose gradient fills a bucket; 0: there is none."""
+        bucket = self.weight_bytes * self.state.reduced_from
+        return max((live for so_far, live in block.products if made + so_far > bucket > 0), default=0)
 
     @property
     def sent(self) -> int:

@@ -55,6 +55,9 @@ class Footprint:
     """Most during the backward pass, the output's gradient and all new ones of weights included."""
     weights: int
     """Gradients of weights at its end; none where they are added to those that are there already."""
+    products: tuple[tuple[int, int], ...]
+    """At every operation that has weights, in the order of the backward pass: bytes of weights' gradients that were made
+    so far, and most bytes then."""
 
 
 @dataclass
@@ -89,7 +92,8 @@ class Tape:
         weights = 0 if self.summed else sum(op.weight for op in self.ops)
         if recompute == "none":
             forward = self.forward(sizes, saved, self.ops)
-            return Footprint(own, forward, self.backward(sizes, own), weights)
+            backward, products = self.backward(sizes, own)
+            return Footprint(own, forward, backward, weights, products)
         dear = [op for op in self.ops if op.dear] if recompute == "selective" else []
         kept = self.size + sum(op.size + op.hidden for op in dear)
         # Recomputation ends at the last operation that saves; results kept of later ones lie idle.
@@ -97,7 +101,9 @@ class Tape:
         idle = sum(op.size for op in self.ops[last:] if op in dear)
         again = self.forward(sizes, saved, self.ops[:last]) + self.ops[-1].size
         forward = self.forward(sizes, {op.output for op in dear} | {self.start}, self.ops, dear)
-        return Footprint(kept, forward, idle + max(again, self.backward(sizes, own)), weights)
+        backward, products = self.backward(sizes, own)
+        moved = tuple((made, idle + live) for made, live in products)
+        return Footprint(kept, forward, idle + max(again, backward), weights, moved)
 
     def forward(
         self, sizes: Mapping[str, int], stay: Collection[str], ops: list[Op], hide: list[Op] | None = None
@@ -115,13 +121,13 @@ class Tape:
                     meter.live -= sizes[name]
         return meter.peak
 
-    def backward(self, sizes: Mapping[str, int], kept: int) -> int:
-        """Most bytes from the gradient of the output on, where all that is saved is there."""
+    def backward(self, sizes: Mapping[str, int], kept: int) -> tuple[int, tuple[tuple[int, int], ...]]:
+        """Most bytes from the gradient of the output on, where all that is saved is there; `Footprint.products`."""
         holders = Counter(name for op in self.ops for name in op.saves)
         last = self.ops[-1]
         gradient = {last.output: last.output}  # tensor: whose bytes its gradient has
         sharers, bytes_of = Counter(gradient.values()), {last.output: last.size}
-        meter = Meter()
+        meter, made_weights, products = Meter(), 0, []
         meter.add(kept + last.size)
         for op in reversed(self.ops):
             mine = gradient.pop(op.output)
@@ -129,6 +135,9 @@ class Tape:
             new = {key: sizes[name] for name, key in made if key != mine}
             bytes_of |= new
             meter.add(op.weight + sum(new.values()) + op.backward_scratch)
+            if op.weight:
+                made_weights += op.weight
+                products.append((made_weights, meter.live - op.backward_scratch))
             meter.live -= op.backward_scratch + (op.weight if self.summed else 0)
             for name, key in made:
                 if name not in gradient:
@@ -144,4 +153,4 @@ class Tape:
                 holders[name] -= 1
                 if not holders[name]:
                     meter.live -= sizes[name]
-        return meter.peak
+        return meter.peak, tuple(products)

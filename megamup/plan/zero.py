@@ -8,7 +8,7 @@ reduction flattens what it sends.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megamup.config import Config
@@ -112,6 +112,16 @@ def state(config: Config, held: Held, replicas: int, settings: Settings, on_cpu:
         replicas: ranks that ZeRO cuts over: data x context.
         on_cpu: gloo, which copies what it reduces, does the sending.
     """
+    found = on_device(config, held, replicas, settings, on_cpu)
+    if settings.offloads_optimizer and not on_cpu:  # masters, moments and accumulated gradients are the host's
+        found = replace(found, optimizer=0, gradients=found.loose, lasting=0, part=0, again=0, step=0)
+    if settings.offloads_weights and not on_cpu:
+        found = replace(found, weights=0)
+    return found
+
+
+def on_device(config: Config, held: Held, replicas: int, settings: Settings, on_cpu: bool) -> StateBytes:
+    """`state` where nothing is offloaded."""
     mixed, pipelined = config.precision == "bf16" and settings.stage > 0, config.parallel.pipeline > 1
     if settings.stage == 0:
         return plain(held)
@@ -172,7 +182,7 @@ def zero_3(held: Held, replicas: int, settings: Settings, each: int, copies: int
     """ZeRO 3. The bucket lasts; small parameters are never cut; others are gathered some time before their use, and
     dropped where their next use is far."""
     part = held.total // replicas
-    small = sum(size for size in held.sizes if size <= settings.persistent)
+    small = min(sum(size for size in held.sizes if size <= settings.persistent), settings.most_persistent)
     kept_near = settings.reuse_distance // 2 + settings.prefetch_bucket
     return StateBytes(
         weights=each * (part + small),

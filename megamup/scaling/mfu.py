@@ -27,12 +27,15 @@ STALL = 0.5
 
 Evaluation and saving aside, but with time on the wall clock that nobody accounts for: a suspended machine is a stall.
 """
-CAUSES = ("restarts", "start-up", "evaluation", "saving", "stalls", "other")
+MEASURED = ("evaluation", "saving", "compile", "profile")
+"""What a run measures itself: ``NAME_s`` of its records."""
+CAUSES = ("restarts", "start-up", *MEASURED, "stalls", "other")
 """What wall time that did not train went to.
 
 ``restarts``: from the last record that was kept to the next start, which includes the steps that were thrown away.
-``start-up``: from a start to its first step, and what a stalled first interval (compilation, cold caches) took beyond
-the median speed. ``evaluation``, ``saving``: as the run measured them, but for a save after the last record.
+``start-up``: from a start to its first step, and what a stalled first interval (cold caches) took beyond the median
+speed. ``evaluation``, ``saving``, ``compile``, ``profile``: as the run measured them, but for a save after the last
+record.
 ``stalls``: what any other stalled interval took beyond the median speed. ``other``: the rest, such as writing logs.
 """
 CLOCK_STEP_S = 5.0
@@ -203,9 +206,7 @@ def _on_the_clock(
     if any("time_unix_s" not in record for record in records):
         raise UnknownTimeError("records of metrics.jsonl have no time_unix_s: they were written before it was recorded")
     written = np.array([_number(record["time_unix_s"], math.nan) for record in records])
-    evaluation, saving = (
-        np.array([_number(record.get(key), 0.0) for record in records]) for key in ("evaluation_s", "saving_s")
-    )
+    measured = {name: np.array([_number(record.get(f"{name}_s"), 0.0) for record in records]) for name in MEASURED}
     # The interval that each start begins; a later start that went further back threw an earlier one's records away.
     begins = np.minimum.accumulate(np.searchsorted(at.step, resumed, side="right")[::-1])[::-1]
     begin, first = np.concatenate(([zero], written[:-1])), np.zeros(len(written), dtype=bool)
@@ -218,7 +219,7 @@ def _on_the_clock(
             last = start  # a start that has written nothing yet
         else:
             begin[interval], first[interval] = start, True
-    spent = written - begin - evaluation - saving  # on steps, and on what nobody accounts for
+    spent = written - begin - sum(measured.values())  # on steps, and on what nobody accounts for
     for step, slack in zip(at.step, spent - at.trained_s, strict=True):
         _forward(slack, f"step {step:.0f}")
     spent = np.maximum(spent, at.trained_s)
@@ -228,8 +229,7 @@ def _on_the_clock(
     lost = {
         "restarts": restarts,
         "start-up": float(beyond[first].sum()),
-        "evaluation": float(evaluation.sum()),
-        "saving": float(saving.sum()),
+        **{name: float(seconds.sum()) for name, seconds in measured.items()},
         "stalls": float(beyond[slow & ~first].sum()),
         "other": float(beyond[~slow & ~first].sum()),
     }

@@ -29,12 +29,24 @@ def compile_blocks(module: nn.Module, config: Config) -> None:
 
     ``fullgraph``: a block that can't be one graph is an error, not a slower run.
     """
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder(config)))
+    keep_in(cache_folder(config))
     # u-μP's residual factors, and recomputing every k-th block, make layers differ.
     torch._dynamo.config.recompile_limit = config.model.n_layers + VARIANTS
     for block in module.modules():
         if isinstance(block, Block):
             block.forward = torch.compile(block.forward, dynamic=False, fullgraph=True)  # type: ignore[method-assign]
+
+
+def keep_in(folder: Path) -> None:
+    """Have torch keep what it compiles in ``folder``, unless the user names another by TORCHINDUCTOR_CACHE_DIR.
+
+    Torch itself sets that variable to its default, in the temporary folder, as soon as anything asks for it.
+    """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # seconds of imports
+
+    default = default_cache_dir()
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default) == default:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
 
 
 def cache_folder(config: Config) -> Path:

@@ -23,6 +23,7 @@ from megamup.train import checkpoint, distributed, run_folder
 from megamup.train.engine import Engine, build_engine, weigh
 from megamup.train.metrics import Recorder, peak_flops
 from megamup.train.monitor import Monitor
+from megamup.train.optim import adamw_backend
 from megamup.train.outlook import Outlook, read_outlook
 from megamup.train.profile import Profiler
 from megamup.train.schedule import lr_factor
@@ -62,6 +63,7 @@ def train(config: Config) -> dict[str, float]:
     micro_batches(config, world_size)
     table(config)
     read_outlook(config)  # a wrong file now, not once the ranks have met
+    adamw_backend(config, "cuda" if distributed.has_cuda() else "cpu")  # one that can't run, likewise
     data = open_run_data(config)
     resumed = run_folder.resume_point(config, world_size, consumed.record(config, data))
     consumed.check_files(config.run.folder, data)

@@ -115,7 +115,8 @@ def live_bytes(device: torch.device) -> int:
         return torch.cuda.memory_allocated(device)
     storages: dict[int, int] = {}
     for found in gc.get_objects():
-        if isinstance(found, torch.Tensor) and found.layout == torch.strided:
+        # Subclasses hold their memory in plain tensors, or have none (the compiler's fakes).
+        if type(found) in (torch.Tensor, torch.nn.Parameter) and found.layout == torch.strided:
             # A gradient that nobody has looked at is no Python object yet.
             for tensor in (found, found.grad) if found.is_leaf else (found,):
                 if tensor is not None and tensor.device.type == device.type:

@@ -188,9 +188,11 @@ class Pause:
         self.recorder, self.cause = recorder, cause
 
     def __enter__(self) -> None:
-        self.start = time.perf_counter()
+        self.start, self.compiled = time.perf_counter(), Compiled.now()
 
     def __exit__(self, *_: object) -> None:
         seconds = time.perf_counter() - self.start
+        if self.recorder.config.kernels.compile:  # an evaluation's graph: `leave_compiling_out` has its seconds
+            seconds -= Compiled.now().seconds - self.compiled.seconds
         self.recorder.last_time += seconds
         self.recorder.paused[self.cause] = self.recorder.paused.get(self.cause, 0.0) + seconds

@@ -108,7 +108,7 @@ def adamw_backend(config: Config, device_type: str) -> str:
     if wanted == "auto":
         return TORCH
     raise MegamupError(
-        f"kernels.optimizer={wanted}: {backend} can't run here: {reason}; or use kernels.optimizer=torch"
+        f"kernels.optimizer={wanted}: {backend} can't run here: {reason}; or set kernels.optimizer=torch"
     )
 
 

@@ -25,7 +25,7 @@ from megamup.files import write_bytes_atomic
 from megamup.parallel.mesh import Mesh
 from megamup.train import profile_summary
 from megamup.train.engine import Engine
-from megamup.train.memory import MemoryTrace, live_bytes, timeline
+from megamup.train.memory import every_thread_counted, live_bytes, timeline
 from megamup.train.metrics import Recorder
 from megamup.train.trace import OPTIMIZER, STEP, Breakdown, breakdown
 
@@ -39,6 +39,7 @@ class Profiler:
         self.folder = config.run.folder / "profile"
         self.config, self.mesh, self.engine, self.recorder = config, mesh, engine, recorder
         self.running: profile | None = None
+        self.counting = contextlib.ExitStack()
 
     @contextlib.contextmanager
     def step(self, step: int) -> Iterator[None]:
@@ -72,7 +73,8 @@ class Profiler:
                 return take_step(*arguments, **keywords)
 
         deepspeed._take_model_step = marked
-        running = profile(activities=activities, profile_memory=True, acc_events=True)
+        self.counting.enter_context(every_thread_counted())
+        running = profile(activities=activities, profile_memory=True)
         running.start()
         return running
 
@@ -85,7 +87,9 @@ class Profiler:
         del self.engine.deepspeed._take_model_step  # the class's own again
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+        last = torch.empty(1, device=device())  # an event with the final count of bytes
         running.stop()
+        self.counting.close()
         text = chrome_trace(running)
         trace = json.loads(text)
         found = breakdown(trace, axes(self.mesh))
@@ -95,7 +99,7 @@ class Profiler:
             if self.mesh.data.rank == 0:
                 write_bytes_atomic(self.folder / f"rank-{dist.get_rank()}.json.gz", gzip.compress(text, 6))
             if dist.get_rank() == 0:
-                memory = memory_of(running)
+                memory = timeline(running, live_bytes(device()), device())
                 held = profile_summary.held(self.engine.deepspeed)
                 profile_summary.write(self.folder, self.config, self.steps, everyone, memory, held)
         except OSError as error:
@@ -113,9 +117,8 @@ def chrome_trace(running: profile) -> bytes:
         return path.read_bytes()
 
 
-def memory_of(running: profile) -> MemoryTrace:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return timeline(running, live_bytes(device), device)
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def axes(mesh: Mesh) -> dict[tuple[int, ...], str]:

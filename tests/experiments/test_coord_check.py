@@ -280,7 +280,8 @@ def test_mup_is_flat_and_sp_is_not(check: Run, one_rank: tuple[int, Found]) -> N
 
 def test_tensor_and_pipeline_ranks_have_the_slopes_of_one(check: Run, one_rank: tuple[int, Found]) -> None:
     code, found = check("parallel.tensor=2", "parallel.pipeline=2", *WIDE)
-    assert (code, found["flat"], found["layout"]) == (0, True, {"tensor": 2, "pipeline": 2})
+    layout = {"tensor": 2, "pipeline": 2, "context": 1, "sequence": False}
+    assert (code, found["flat"], found["layout"]) == (0, True, layout)
     alone = one_rank[1]["slopes"]
     assert list(found["slopes"]) == list(alone)
     for name, slopes in found["slopes"].items():

@@ -95,9 +95,7 @@ PAIRS = {
     "enter": Pair(partial(enter, sequence=False), lambda xs, rank: xs[rank], whole, one_input=True),
     "enter_sequence": Pair(partial(enter, sequence=True), lambda xs, rank: torch.cat(list(xs), SEQ), stretch_of),
     "leave": Pair(partial(leave, sequence=False), lambda xs, rank: sum_of(xs), whole, one_output=True),
-    "leave_sequence": Pair(
-        partial(leave, sequence=True), lambda xs, rank: part(sum_of(xs), rank, len(xs), SEQ), whole
-    ),
+    "leave_sequence": Pair(partial(leave, sequence=True), lambda xs, rank: part(sum_of(xs), rank, len(xs), SEQ), whole),
     "exchange": Pair(
         partial(exchange, cut=2, joined=1),
         lambda xs, rank: torch.cat([part(x, rank, len(xs), 2) for x in xs], 1),
@@ -153,7 +151,9 @@ def test_pairs_are_what_they_say_and_adjoint(size: int) -> None:
         pair = PAIRS[case[0]]
         inputs = [rank[case][0] for rank in ranks]
         for rank, found in enumerate(ranks):
-            torch.testing.assert_close(found[case][1], pair.expected(inputs, rank), rtol=1e-12, atol=1e-12, msg=str(case))
+            torch.testing.assert_close(
+                found[case][1], pair.expected(inputs, rank), rtol=1e-12, atol=1e-12, msg=str(case)
+            )
         # A replicated result's gradient is the same on all ranks, and counts once; each rank's own counts for itself.
         forward = products(pair.one_output, [(rank[case][1], rank[case][2]) for rank in ranks])
         backward = products(pair.one_input, [(rank[case][0], rank[case][3]) for rank in ranks])
@@ -182,24 +182,28 @@ def deepspeeds_attention(attention: Attention, x: Tensor, axis: Axis) -> Tensor:
         return attention.kernels.attention(query, key, value, attention.core.scale, CAUSAL).transpose(1, 2)
 
     layers = (attention.query, attention.key, attention.value)
-    query, key, value = (F.linear(x, layer.weight.to(x.dtype)).unflatten(-1, (-1, attention.d_head)) for layer in layers)
+    query, key, value = (
+        F.linear(x, layer.weight.to(x.dtype)).unflatten(-1, (-1, attention.d_head)) for layer in layers
+    )
     mixed = DistributedAttention(local, axis.group, scatter_idx=2, gather_idx=1)(query, key, value, 0)
     return F.linear(mixed.flatten(2), attention.output.weight.to(x.dtype))
 
 
-def both_attentions(config: Config, batch: int) -> list[list[Tensor]]:
+def both_attentions(config: Config) -> list[list[list[Tensor]]]:
     """Output, gradient of the input and of every weight, of ours and of DeepSpeed's."""
     distributed.join()
     mesh = build_mesh(config.parallel)
     attention = Attention(context(config, mesh), config.model, "blocks.0.attention", block_scales(config, 0))
-    found = []
-    stretch = config.seq_len // mesh.context.size
-    for function in (attention, lambda x: deepspeeds_attention(attention, x, mesh.context)):
+
+    def results(function: Callable[[Tensor], Tensor], batch: int) -> list[Tensor]:
+        stretch = config.seq_len // mesh.context.size
         x = draw(mesh.context.rank, batch, stretch, config.model.d_model).requires_grad_()
         y = function(x)
-        of = torch.autograd.grad(y, [x, *attention.parameters()], draw(10 + mesh.context.rank, *y.shape))
-        found.append([y.detach(), *of])
-    return found
+        gradients = torch.autograd.grad(y, [x, *attention.parameters()], draw(10 + mesh.context.rank, *y.shape))
+        return [y.detach(), *gradients]
+
+    theirs = partial(deepspeeds_attention, attention, axis=mesh.context)
+    return [[results(attention, batch), results(theirs, batch)] for batch in BATCHES]
 
 
 @pytest.mark.parametrize(
@@ -211,8 +215,8 @@ def test_ulysses_is_deepspeeds(make_config: Any, ranks: int, heads: int, kv_head
     config = make_config(
         f"parallel.context={ranks}", f"model.n_heads={heads}", f"model.n_kv_heads={kv_heads}", "data.seq_len=32"
     )
-    for batch in BATCHES:
-        for ours, theirs in run_ranks(both_attentions, ranks, config, batch):
+    for rank in run_ranks(both_attentions, ranks, config):
+        for ours, theirs in rank:
             for mine, expected in zip(ours, theirs, strict=True):
                 torch.testing.assert_close(mine, expected, rtol=1e-6, atol=1e-6)
 
@@ -232,9 +236,20 @@ def whole_products(batch: int, strides: str) -> tuple[Tensor, list[Tensor], list
     )
 
 
-def one_ranks_products(size: int, sequence: bool, batch: int, strides: str) -> list[Tensor]:
-    """This rank's outputs, and gradients of the input (or its stretch) and of its parts of the weights."""
+PRODUCTS = [(1, "contiguous"), (3, "contiguous"), (3, "reversed"), (1, "gaps"), (3, "expanded")]
+"""Batch and strides."""
+
+
+def all_products(size: int) -> dict[tuple[bool, int, str], list[Tensor]]:
     axis = tensor_axis(size)
+    return {
+        (sequence, *case): one_ranks_products(axis, sequence, *case) for sequence in (False, True) for case in PRODUCTS
+    }
+
+
+def one_ranks_products(axis: Axis, sequence: bool, batch: int, strides: str) -> list[Tensor]:
+    """This rank's outputs, and gradients of the input (or its stretch) and of its parts of the weights."""
+    size = axis.size
     x, weights, grads = whole_products(batch, strides)
     x = part(x, axis.rank, size, SEQ) if sequence else x
     x.requires_grad_()
@@ -244,19 +259,19 @@ def one_ranks_products(size: int, sequence: bool, batch: int, strides: str) -> l
     return [y.detach() for y in (*outputs, *of)]
 
 
-@pytest.mark.parametrize("sequence", [False, True])
 @pytest.mark.parametrize("size", RANKS)
-def test_column_products_are_linears(size: int, sequence: bool) -> None:
-    for batch, strides in [(1, "contiguous"), (3, "contiguous"), (3, "reversed"), (1, "gaps"), (3, "expanded")]:
+def test_column_products_are_linears(size: int) -> None:
+    ranks = run_ranks(all_products, size, size)
+    for batch, strides in PRODUCTS:
         x, weights, grads = whole_products(batch, strides)
         leaves = [y.requires_grad_() for y in (x, *weights)]
         outputs = [F.linear(x, weight) for weight in weights]
         x_grad, *weight_grads = torch.autograd.grad(outputs, leaves, grads)
-        for rank, found in enumerate(run_ranks(one_ranks_products, size, size, sequence, batch, strides)):
+        for rank, sequence in product(range(size), (False, True)):
             expected = [part(y, rank, size, -1) for y in outputs]
             expected.append(part(x_grad, rank, size, SEQ) if sequence else x_grad)
             expected += [part(grad, rank, size, 0) for grad in weight_grads]
-            for mine, right in zip(found, expected, strict=True):
+            for mine, right in zip(ranks[rank][sequence, batch, strides], expected, strict=True):
                 torch.testing.assert_close(mine, right.detach(), rtol=1e-10, atol=1e-10)
 
 
@@ -284,29 +299,33 @@ class Events(TorchDispatchMode):
         return result
 
 
-def backward_events(sequence: bool, batch: int) -> list[str]:
+def backward_events(sequence: bool) -> list[list[str]]:
     axis = tensor_axis(2)
     seq = LONG // 2 if sequence else LONG
-    x = draw(0, batch, seq, D_IN).requires_grad_()
-    weights = tuple(draw(at, rows, D_IN).requires_grad_() for at, rows in enumerate((5, 7)))
-    total = torch.stack([y.sum() for y in column_products(x, weights, axis, sequence)]).sum()
-    with Events() as events:
-        total.backward()
-    return events.names
+    found = []
+    for batch in BATCHES:
+        x = draw(0, batch, seq, D_IN).requires_grad_()
+        weights = tuple(draw(at, rows, D_IN).requires_grad_() for at, rows in enumerate((5, 7)))
+        total = torch.stack([y.sum() for y in column_products(x, weights, axis, sequence)]).sum()
+        with Events() as events:
+            total.backward()  # type: ignore[no-untyped-call]
+        found.append(events.names)
+    return found
 
 
-@pytest.mark.parametrize("batch", BATCHES)
-def test_the_inputs_gradient_travels_while_the_weights_are_computed(batch: int) -> None:
-    of_input = [f"product ({batch * LONG}, {D_IN})"] * 2
-    of_weights = [f"product (5, {D_IN})", f"product (7, {D_IN})"]
-    for names in run_ranks(backward_events, 2, False, batch):
-        assert names == [*of_input, "all_reduce", *of_weights, "wait for all_reduce"]
+OF_WEIGHTS = [f"product (5, {D_IN})", f"product (7, {D_IN})"]
 
 
-@pytest.mark.parametrize("batch", BATCHES)
-def test_with_sequence_the_input_is_gathered_behind_its_gradient(batch: int) -> None:
-    of_input = [f"product ({batch * LONG}, {D_IN})"] * 2
-    of_weights = [f"product (5, {D_IN})", f"product (7, {D_IN})"]
+def test_the_inputs_gradient_travels_while_the_weights_are_computed() -> None:
+    for rank in run_ranks(backward_events, 2, False):
+        for batch, names in zip(BATCHES, rank, strict=True):
+            of_input = [f"product ({batch * LONG}, {D_IN})"] * 2
+            assert names == [*of_input, "all_reduce", *OF_WEIGHTS, "wait for all_reduce"]
+
+
+def test_with_sequence_the_input_is_gathered_behind_its_gradient() -> None:
     gather, scatter = "all_gather_into_tensor", "reduce_scatter_tensor"
-    for names in run_ranks(backward_events, 2, True, batch):
-        assert names == [gather, *of_input, scatter, f"wait for {gather}", *of_weights, f"wait for {scatter}"]
+    for rank in run_ranks(backward_events, 2, True):
+        for batch, names in zip(BATCHES, rank, strict=True):
+            of_input = [f"product ({batch * LONG}, {D_IN})"] * 2
+            assert names == [gather, *of_input, scatter, f"wait for {gather}", *OF_WEIGHTS, f"wait for {scatter}"]

@@ -35,11 +35,10 @@ class Simulated:
         self.paused = {}
         self.now += seconds
 
-    def step(self, seconds: float = 1.0, idle: float = 0.0, evaluation: float = 0.0, saving: float = 0.0) -> None:
-        """A step, what nobody accounts for, an evaluation, the record, and a save after it."""
-        self.now += seconds + idle + evaluation
-        if evaluation:
-            self.paused["evaluation_s"] = evaluation
+    def step(self, seconds: float = 1.0, idle: float = 0.0, saving: float = 0.0, **measured: float) -> None:
+        """A step, what nobody accounts for, what the run measures itself, the record, and a save after it."""
+        self.now += seconds + idle + sum(measured.values())
+        self.paused |= {f"{name}_s": value for name, value in measured.items()}
         step = len(self.records) + 1
         speed = {"tokens_per_s": TOKENS / seconds, "mfu_percent": 40.0 / seconds}
         total = {"step": step, "tokens": step * TOKENS, "loss": 5.0 - 0.01 * step}
@@ -74,7 +73,7 @@ def eventful(run: Simulated) -> Simulated:
     """100 steps with all that can befall a run: every cause has seconds of its own."""
     run.start(seconds=20)
     run.steps(9)
-    run.step(evaluation=7)
+    run.step(evaluation=7, compile=13, profile=2)
     run.steps(9)
     run.step(saving=11)  # the checkpoint of step 20
     run.steps(15)  # lost with what follows
@@ -95,14 +94,15 @@ def test_every_second_has_its_cause(eventful: Simulated) -> None:
     assert found.lost_s is not None
     # The save of step 20 was recorded with step 21, which the kill took.
     expected = {"restarts": 11 + 15 + 100, "start-up": 20 + 30 + 3, "evaluation": 7, "saving": 0, "stalls": 12 + 50}
-    assert found.lost_s == pytest.approx(expected | {"other": 0}, abs=1e-5)
+    expected |= {"compile": 13, "profile": 2, "other": 0}
+    assert found.lost_s == pytest.approx(expected, abs=1e-5)
     assert set(found.lost_s) == set(CAUSES)
     assert found.wall_s == pytest.approx(eventful.now - START)
     assert found.productive_s == pytest.approx(100, abs=1e-5)  # 100 steps that were kept, a second each
     assert found.goodput_percent == pytest.approx(100 * 100 / (eventful.now - START))
     assert found.restarts == 1
     assert "too low" not in notes([found])[0][1]
-    assert found.starts_s == pytest.approx((0, 20 + 20 + 7 + 11 + 15 + 100))
+    assert found.starts_s == pytest.approx((0, 20 + 20 + 7 + 13 + 2 + 11 + 15 + 100))
 
 
 def test_stalls_are_marked_where_they_were(eventful: Simulated) -> None:
@@ -208,7 +208,7 @@ def test_an_old_run_has_mfu_but_no_goodput(eventful: Simulated, without: tuple[s
     assert found.mfu_percent == pytest.approx(40 * 100 / (96 + 4 + 15))
     assert [(s.first_step, s.last_step) for s in found.stalls] == [(21, 21), (41, 43)]  # a pause is not to be seen
     assert table_rows([found])[1][5:8] == ("-", "-", "-")
-    assert lost_rows([found])[1][1:] == ("-",) * 7
+    assert lost_rows([found])[1][1:] == ("-",) * (1 + len(CAUSES))
     assert reason in notes([found])[0][1]
     assert as_json(found)["goodput_percent"] is None
     assert "minutes of training steps" in mfu_page([found])

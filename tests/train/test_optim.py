@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +18,16 @@ from megamup.errors import MegamupError
 from megamup.train.fork import run_ranks
 from megamup.train.loop import start, train_step
 from megamup.train.optim import CPU_ADAM, FUSED_ADAM, TORCH, adamw, adamw_backend, build_lacks
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built_once() -> Iterator[None]:
+    """DeepSpeed compiles its optimizer for a minute or more: kept between runs of the tests, unlike their own cache."""
+    folder = Path.home() / ".cache" / "torch_extensions" / f"megamup-tests-{sys.version_info.minor}-{torch.__version__}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_EXTENSIONS_DIR", os.environ.get("TORCH_EXTENSIONS_DIR", str(folder)))
+        yield
+
 
 needs_cpu_adam = pytest.mark.skipif(build_lacks(CPU_ADAM) is not None, reason=f"{build_lacks(CPU_ADAM)}")
 needs_fused_adam = [

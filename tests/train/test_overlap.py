@@ -113,7 +113,7 @@ def test_reduction_starts_before_the_backward_pass_ends(
     config = make_config("train.steps=2", "train.profile=[2,2]", f"deepspeed={ds_config(tmp_path, stage, **keys)}")
     run_ranks(train, 2, config)
     inside, early = started_in_backward(config.run.folder)
-    assert inside >= early >= 3
+    assert inside >= early >= (1 if stage == 3 else 3)  # ZeRO 3 takes a block's gradients together
 
 
 def test_without_overlap_reduction_follows_the_backward_pass(make_config: Any, tmp_path: Path) -> None:

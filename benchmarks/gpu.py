@@ -46,6 +46,7 @@ from race import (
     check_same_work,
     end_children_too,
     litgpt_site,
+    litgpt_version,
     prepare,
     run_other,
     run_ours,
@@ -159,7 +160,7 @@ def run_tests(limit_s: float, collect_only: bool) -> str:
     """
     files = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text("utf-8")]
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "--durations=5"]
-    command += ["--collect-only"] if collect_only else []
+    command += ["--collect-only"] if collect_only else ["-vv"]  # names: one of them may hang
     command += [str(path) for path in files]
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as sink:
         code = bounded(command, sink, dict(os.environ), limit_s)
@@ -246,8 +247,15 @@ def page_of(outcomes: Sequence[Outcome], bench: Bench, command: str, device: str
     precision = bench.made.config.precision if bench.made else ""
     peak = known.get("peak_flops") or known_peak(device, precision)
     basis = known.get("peak_basis") or f"data sheet of {device}"
-    packages = ("torch", "triton", "deepspeed", "transformers", "litgpt", "flash-attn", "liger-kernel")
-    lines = [f"# On {device}", "", headline(command, *packages), "", "| part | state | seconds |", "|---|---|---|"]
+    packages = ("torch", "triton", "deepspeed", "transformers", "flash-attn", "liger-kernel")
+    lines = [
+        f"# On {device}",
+        "",
+        headline(command, *packages, also=litgpt_version()),
+        "",
+        "| part | state | seconds |",
+        "|---|---|---|",
+    ]
     lines += [f"| {outcome.name} | {outcome.state} | {outcome.seconds:.0f} |" for outcome in outcomes]
     failures = missed(results, bench, peak, device) if results and peak else []
     if results and peak:
@@ -260,7 +268,8 @@ def page_of(outcomes: Sequence[Outcome], bench: Bench, command: str, device: str
         if outcome.message:
             lines += ["", f"## {outcome.name}: {outcome.state}", "", "```", outcome.message.strip()[-4000:], "```"]
         elif isinstance(outcome.value, str):
-            lines += ["", f"## {outcome.name}", "", outcome.value.strip()]
+            text = re.sub(r"^#", "##", outcome.value.strip(), flags=re.MULTILINE)  # below this page's headings
+            lines += ["", f"## {outcome.name}", "", re.sub(r"^!\[.*\n?", "", text, flags=re.MULTILINE).strip()]
     return "\n".join(lines) + "\n", failures
 
 

@@ -42,12 +42,18 @@ def versions(*packages: str) -> str:
     return ", ".join(found)
 
 
-def headline(command: str, *packages: str) -> str:
-    """One line under a table's title: command, date, machine, versions, and how busy the machine is."""
+def headline(command: str, *packages: str, also: str = "") -> str:
+    """One line under a table's title: command, date, machine, versions, and how busy the machine is.
+
+    Args:
+        command: that makes the table.
+        packages: whose versions matter.
+        also: a version that isn't this environment's.
+    """
     load = f", load {os.getloadavg()[0]:.1f} before" if hasattr(os, "getloadavg") else ""
     return (
         f"`{command}`, {date.today()}, {cores()} cores of {processor()}{load}; "
-        f"Python {platform.python_version()}, {versions(*packages)}."
+        f"Python {platform.python_version()}, {', '.join(filter(None, [versions(*packages), also]))}."
     )
 
 

@@ -164,9 +164,9 @@ def main(argv: list[str] | None = None) -> int:
         "",
         headline("./dev bench memory", "torch", "deepspeed"),
         "",
-        f"Four blocks of d_model 128 with micro batches of 2 x 128 tokens, 8 sequences a step, and DeepSpeed's buckets "
+        "Four blocks of d_model 128 with micro batches of 2 x 128 tokens, 8 sequences a step, and DeepSpeed's buckets "
         f"cut to {BUCKET:,} elements. Measured: every allocation of torch's CPU allocator over the second step, on the "
-        "rank that takes most. Parts are the plan's, in MiB, each at its own largest, so they exceed the peak together.",
+        "rank that takes most. Parts are the plan's, in MiB, each at its own largest, so they exceed the peak.",
         "",
         *table(rows),
         "",
@@ -176,8 +176,8 @@ def main(argv: list[str] | None = None) -> int:
         "",
         *table(large),
         "",
-        f"The fused cross-entropy's peak is lower by {saved:.0%} of the logits' bytes (bound {SAVED:.0%}); the reference "
-        "has them three times: logits, softmax and its gradient.",
+        f"The fused cross-entropy's peak is lower by {saved:.0%} of the logits' bytes (bound {SAVED:.0%}); the "
+        "reference has them more than once: logits, softmax, its gradient.",
     ]
     RESULTS.write_text("\n".join(text) + "\n", encoding="utf-8")
     print(f"largest error {worst.error_percent:+.1f}%, logits' bytes saved {saved:.0%}; {RESULTS}")

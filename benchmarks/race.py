@@ -323,6 +323,12 @@ def said(what: str) -> Iterator[None]:
         print(f" {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
 
 
+def litgpt_version() -> str:
+    """``litgpt X``, as pinned."""
+    pins = [line for line in LITGPT.read_text(encoding="utf-8").splitlines() if line.startswith("litgpt==")]
+    return pins[0].replace("==", " ")
+
+
 def litgpt_site() -> Path | None:
     """The folder with litgpt, installed there once; None where litgpt is in the environment.
 

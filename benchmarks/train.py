@@ -40,6 +40,7 @@ from race import (
     end_children_too,
     fastest,
     litgpt_site,
+    litgpt_version,
     prepare,
     run_other,
     run_ours,
@@ -151,7 +152,12 @@ def main(argv: list[str] | None = None) -> int:
     end_children_too()
     command = " ".join(["./dev bench train", *(sys.argv[1:] if argv is None else argv)])
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
-    page = ["# Training speed on a CPU", "", headline(command, "torch", "deepspeed", "transformers"), ""]
+    page = [
+        "# Training speed on a CPU",
+        "",
+        headline(command, "torch", "deepspeed", "transformers", also=litgpt_version()),
+        "",
+    ]
     summaries, missed = {}, []
     for shape in options.shapes:
         print(shape, file=sys.stderr, flush=True)

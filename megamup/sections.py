@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from megamup.errors import MegamupError
 
@@ -237,7 +237,8 @@ class Kernels(Section):
     cross_entropy: Literal["auto", "fused", "liger", "reference"] = "auto"
     """``fused`` and ``liger``: readout and loss in one, a few rows at a time, so that full logits never exist."""
     optimizer: Literal["auto", "torch", "deepspeed"] = "auto"
-    """``torch``: its fused AdamW; ``deepspeed``: FusedAdam on CUDA, DeepSpeedCPUAdam where ZeRO offloads."""
+    """``torch``: its fused AdamW; ``deepspeed``: FusedAdam on CUDA, DeepSpeedCPUAdam where the optimizer's state is on
+    the host (ZeRO offload, or no GPU)."""
     matmul: Literal["torch", "fp8"] = "torch"
     """``fp8``: products of the blocks' linear layers in 8-bit floats, each tensor scaled by its largest element at each
     use (torchao's ``tensorwise`` recipe); needs ``precision: bf16`` and an Ada or Hopper GPU or later. A CPU emulates
@@ -352,6 +353,14 @@ class Train(Section):
     """Steps between measurements of what μP keeps (updates, logits, activations; megamup/train/monitor.py); 0: none."""
     flops_convention: Literal["6N", "palm", "chinchilla", "chinchilla_non_embedding"] = "palm"
     """How ``flops`` in metrics.jsonl counts (see megamup/flops.py). MFU is always PaLM's."""
+
+    @field_validator("recompute", mode="before")
+    @classmethod
+    def check_recompute(cls, value: Any) -> Any:
+        """One message, where pydantic has one for each member of the union."""
+        if value in ("none", "selective", "full") or (type(value) is int and value > 0):
+            return value
+        raise ValueError(f"expected none, selective, full or a number of blocks from 1 on, not {value!r}")
 
 
 class Log(Section):

@@ -65,6 +65,8 @@ def test_exponents_without_a_dot_are_numbers() -> None:
         (),
         ("model.arch=gpt", "model.d_ff=100", "mup.base.d_model=32", "mup.zero_init.query=true"),
         ('data.train=[{"prefix": "a", "weight": 2}, {"prefix": "b"}]', "data.valid=c", "train.eval_every=2"),
+        ("parallel.tensor=2", "parallel.sequence=true", "parallel.context=2", "data.seq_len=16", "train.recompute=2"),
+        ("train.profile=[2, 10]", "train.recompute=selective", "precision=bf16", "kernels.matmul=fp8"),
         ("precision=bf16", "deepspeed=ds_configs/zero1.json", "parallel.pipeline=2", "optim.betas=[0.1, 0.2]"),
     ],
 )
@@ -97,6 +99,39 @@ def test_frozen() -> None:
         (["parallel.tensor=4", "model.n_kv_heads=2"], ["model.n_kv_heads=2", "parallel.tensor=4"]),
         (["parallel.tensor=4", "model.vocab_size=257"], ["model.vocab_size=257", "parallel.tensor=4", "260"]),
         (["parallel.tensor=4", "model.d_ff=90"], ["model.d_ff=90", "parallel.tensor=4", "92"]),
+        (["parallel.sequence=true"], ["parallel", "sequence=true", "tensor=1", "no tensor rank"]),
+        (
+            ["parallel.sequence=true", "parallel.context=2"],
+            ["parallel", "sequence=true", "tensor=1"],  # context ranks don't count
+        ),
+        (
+            ["parallel.tensor=4", "parallel.sequence=true", "data.seq_len=30"],
+            ["data.seq_len=30", "4 equal stretches", "tensor=4", "parallel.sequence=true", "the next that can: 32"],
+        ),
+        (
+            ["parallel.context=4", "data.seq_len=30"],
+            ["data.seq_len=30", "4 equal stretches", "parallel.context=4", "the next that can: 32"],
+        ),
+        (
+            ["parallel.tensor=2", "parallel.context=2", "parallel.sequence=true", "data.seq_len=10"],
+            ["data.seq_len=10", "4 equal stretches", "parallel.context=2 x tensor=2", "the next that can: 12"],
+        ),
+        (
+            ["parallel.tensor=2", "parallel.context=4"],
+            ["model.n_heads=4", "parallel.tensor=2 x parallel.context=4", "use fewer context ranks, or more heads"],
+        ),
+        (
+            ["parallel.context=4", "model.n_kv_heads=2"],
+            ["model.n_kv_heads=2", "parallel.context=4", "use fewer context ranks, or more heads"],
+        ),
+        (["train.profile=[3, 2]"], ["train.profile=[3, 2]", "first and last step", "train.steps=10"]),
+        (["train.profile=[3, 11]"], ["train.profile=[3, 11]", "train.steps=10"]),
+        (["train.profile=[0, 3]"], ["train.profile", "0", "greater than 0"]),
+        (["kernels.matmul=fp8"], ["kernels.matmul=fp8", "precision is fp32", "precision=bf16", "kernels.matmul=torch"]),
+        (["train.recompute=0"], ["train.recompute: expected none, selective, full or a number", "from 1 on", "0"]),
+        (["train.recompute=some"], ["train.recompute: expected none, selective, full", "'some'"]),
+        (["train.recompute=true"], ["train.recompute: expected none, selective, full", "True"]),
+        (["kernels.attention=magic"], ["kernels.attention='magic'", "flash_attn", "sdpa", "reference"]),
         (["parallel.pipeline=5"], ["model.n_layers=4", "parallel.pipeline=5", "at most one stage a layer"]),
         (["data.seq_len=33"], ["data.seq_len=33", "model.max_seq_len=32"]),
         (["schedule.warmup_steps=11"], ["schedule.warmup_steps=11", "train.steps=10"]),
@@ -153,7 +188,10 @@ def test_batch_that_ranks_cannot_share() -> None:
         micro_batches(build("batch.micro_sequences=3"), 4)
     with pytest.raises(MegamupError, match=r"tensor=2 x pipeline=2 = 4 ranks .* 6 ranks were started"):
         micro_batches(build("parallel.tensor=2", "parallel.pipeline=2"), 6)
+    with pytest.raises(MegamupError, match=r"tensor=2 x pipeline=1 x context=2 = 4 ranks .* 6 ranks were started"):
+        micro_batches(build("parallel.tensor=2", "parallel.context=2"), 6)
     assert micro_batches(build("parallel.pipeline=4"), 8) == (4, 4)
+    assert micro_batches(build("parallel.context=2"), 8) == (8, 1)  # 4 data ranks: context ranks share theirs
     assert micro_batches(build("batch.micro_sequences=2"), 4) == (2, 4)
 
 

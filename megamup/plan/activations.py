@@ -6,47 +6,69 @@ models/blocks.py and of these functions correspond name by name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal
 
-from megamup.config import Config
-from megamup.plan.tape import Op, Tape
+from megamup.config import Config, micro_batches
+from megamup.mup import readout_multiplier
+from megamup.plan.tape import Footprint, Op, Recompute, Tape
+from megamup.sections import Model
 
 Device = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a rank computes with at a time."""
+    """What a rank computes with at a time: all that the bytes of a block depend on."""
 
-    config: Config
+    model: Model
+    seq_len: int
     sequences: int
     """In a micro batch."""
-    backends: Mapping[str, str]
-    device: Device
+    tensor: int
+    context: int
+    split: bool
+    """Sequence parallelism: the residual stream is cut over tensor ranks."""
+    bytes_each: int
+    """Of an activation."""
     weight_bytes: int
     """Of a weight as the model has it, and of its gradient."""
+    multiplies_logits: bool
+    chosen: tuple[tuple[str, str], ...]
+    """(operation, backend)"""
+    device: Device
+
+    @classmethod
+    def of(cls, config: Config, world_size: int, zero_stage: int, device: Device) -> Setting:
+        parallel, mixed = config.parallel, config.precision == "bf16"
+        return cls(
+            model=config.model,
+            seq_len=config.seq_len,
+            sequences=micro_batches(config, world_size)[0],
+            tensor=parallel.tensor,
+            context=parallel.context,
+            split=parallel.sequence,
+            bytes_each=2 if mixed else 4,
+            weight_bytes=2 if mixed and zero_stage > 0 else 4,
+            multiplies_logits=readout_multiplier(config) != 1.0,
+            chosen=tuple(backends(config, device).items()),
+            device=device,
+        )
 
     @cached_property
-    def tensor(self) -> int:
-        return self.config.parallel.tensor
+    def backends(self) -> dict[str, str]:
+        return dict(self.chosen)
 
     @cached_property
     def tokens(self) -> int:
         """Within tensor-parallel regions."""
-        return self.sequences * self.config.seq_len // self.config.parallel.context
+        return self.sequences * self.seq_len // self.context
 
     @cached_property
     def stream_tokens(self) -> int:
         """Of the residual stream."""
-        return self.tokens // self.tensor if self.config.parallel.sequence else self.tokens
-
-    @cached_property
-    def bytes_each(self) -> int:
-        """Of an activation."""
-        return 2 if self.config.precision == "bf16" else 4
+        return self.tokens // self.tensor if self.split else self.tokens
 
     @property
     def casts(self) -> bool:
@@ -56,12 +78,12 @@ class Setting:
     @cached_property
     def stream(self) -> int:
         """Bytes of the residual stream."""
-        return self.stream_tokens * self.config.model.d_model * self.bytes_each
+        return self.stream_tokens * self.model.d_model * self.bytes_each
 
     @cached_property
     def whole(self) -> int:
         """Bytes of as many features in all tokens of the sharded region."""
-        return self.tokens * self.config.model.d_model * self.bytes_each
+        return self.tokens * self.model.d_model * self.bytes_each
 
 
 def backends(config: Config, device: Device) -> dict[str, str]:
@@ -77,11 +99,21 @@ def backends(config: Config, device: Device) -> dict[str, str]:
     return {op: name if getattr(kernels, op) == "auto" else getattr(kernels, op) for op, name in names.items()}
 
 
+@lru_cache(maxsize=4096)
+def block_footprint(at: Setting, recompute: Recompute, summed: bool) -> Footprint:
+    """What a block takes.
+
+    Args:
+        summed: its weights have gradients from an earlier micro batch, or lose theirs to a bucket at once.
+    """
+    return BlockTape(at, summed).tape.footprint(recompute)
+
+
 class BlockTape:
     """Builds the tape of one block. Each method appends what a method of models/blocks.py does."""
 
     def __init__(self, at: Setting, summed: bool) -> None:
-        self.at, self.model, self.each = at, at.config.model, at.bytes_each
+        self.at, self.model, self.each = at, at.model, at.bytes_each
         self.tape = Tape("x", at.stream, summed=summed)
         middle = self.joined("x", self.attention(self.norm("x", "attention_norm")), "middle")
         self.joined(middle, self.mlp(self.norm(middle, "mlp_norm")), "out")
@@ -95,7 +127,7 @@ class BlockTape:
     def products(self, x: str, widths: dict[str, int]) -> None:
         """`column_parallel`: x Wᵀ for every weight, whose rows over all ranks are ``widths``."""
         at, model = self.at, self.model
-        gathered = at.whole if at.config.parallel.sequence else 0
+        gathered = at.whole if at.split else 0
         rows_again = gathered if at.sequences > 1 else 0  # a gathered batch isn't in rows: the product copies it
         reduced = at.whole if at.tensor > 1 else 0
         for name, width in widths.items():
@@ -133,7 +165,7 @@ class BlockTape:
             dear=True,
         )
         if at.tensor > 1:
-            split = at.config.parallel.sequence
+            split = at.split
             copy = at.whole if split and at.sequences > 1 else 0
             y = self.add(y, to=f"{name} summed", size=at.stream, passes=not split, holds=holds, scratch=copy, dear=True)
         return self.biased(y, at.stream, holds)
@@ -155,7 +187,7 @@ class BlockTape:
 
     def exchanged(self, x: str, size: int) -> str:
         """`exchange`: parts are stacked, sent and joined."""
-        if self.at.config.parallel.context == 1:
+        if self.at.context == 1:
             return x
         return self.add(x, to=f"{x} exchanged", size=size, scratch=2 * size, backward_scratch=2 * size, dear=True)
 
@@ -171,7 +203,7 @@ class BlockTape:
             saves, lse = (query, key, value, "mixed"), 4 * at.tokens * heads
             return self.add(query, key, value, to="mixed", size=size, saves=saves, hidden=lse, dear=True)
         # Scores, masked scores and softmax in fp32, of which the softmax stays, as do keys and values for every head.
-        scores = 4 * at.tokens * heads * at.config.seq_len
+        scores = 4 * at.tokens * heads * at.seq_len
         repeated = 2 * 4 * at.tokens * heads * model.d_head if model.n_kv_heads < model.n_heads or self.each < 4 else 0
         if self.each < 4:
             repeated += 4 * at.tokens * heads * model.d_head  # the query in fp32
@@ -222,7 +254,7 @@ class BlockTape:
 
 def add_norm(tape: Tape, at: Setting, x: str, name: str) -> str:
     """Append a norm. Kernels keep their input and a number or two a token; sums written in torch more."""
-    stream, tokens, model = at.stream, at.stream_tokens, at.config.model
+    stream, tokens, model = at.stream, at.stream_tokens, at.model
     exact = stream * 4 // at.bytes_each
     composed = at.backends["norm"] == "reference" or (
         at.backends["norm"] == "torch" and at.device == "cpu" and model.arch == "llama"

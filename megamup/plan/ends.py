@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
-from megamup.mup import readout_multiplier
 from megamup.plan.activations import Setting, add_norm
 from megamup.plan.tape import Tape
 
@@ -26,9 +26,10 @@ class End:
     """Of `forward` or `backward`: logits, and their softmax or gradient."""
 
 
+@lru_cache(maxsize=4096)
 def embedding(at: Setting, summed: bool) -> End:
     """Tokens to the residual stream; its gradient is dense, over the whole vocabulary."""
-    model = at.config.model
+    model = at.model
     weight = model.vocab_size // at.tensor * model.d_model * at.weight_bytes
     looked_up = at.tokens * model.d_model * at.weight_bytes
     positions = model.max_seq_len * model.d_model * at.weight_bytes if model.arch == "gpt" else 0
@@ -38,12 +39,13 @@ def embedding(at: Setting, summed: bool) -> End:
     return End(kept, forward, backward, 0 if summed else weight + positions, 0)
 
 
+@lru_cache(maxsize=4096)
 def head(at: Setting, summed: bool) -> End:
     """Final norm, readout and loss, from the last block's output on."""
     tape = Tape("x", at.stream)
     hidden_name = add_norm(tape, at, "x", "final_norm")
     norm = tape.footprint()
-    model = at.config.model
+    model = at.model
     rows = model.vocab_size // at.tensor  # of the readout that this rank has
     copied = rows * model.d_model * at.bytes_each if at.casts else 0
     gradient = rows * model.d_model * at.weight_bytes
@@ -55,10 +57,10 @@ def head(at: Setting, summed: bool) -> End:
 
 def reference(at: Setting, norm_kept: int, norm_backward: int, copied: int, gradient: int, summed: bool) -> End:
     """Logits, then their softmax in fp32, which is kept; backward its gradient beside it."""
-    model = at.config.model
+    model = at.model
     size = at.tokens * (model.vocab_size // at.tensor) * at.bytes_each
     exact = size * 4 // at.bytes_each
-    multiplied = readout_multiplier(at.config) != 1.0
+    multiplied = at.multiplies_logits
     hidden = at.whole
     base = norm_kept + hidden + copied
     kept = base + exact
@@ -74,7 +76,7 @@ def reference(at: Setting, norm_kept: int, norm_backward: int, copied: int, grad
 
 def fused(at: Setting, norm_kept: int, norm_backward: int, copied: int, gradient: int, summed: bool) -> End:
     """Loss and gradients together, some rows' logits at a time; the weight's gradient is summed in fp32."""
-    model = at.config.model
+    model = at.model
     rows = model.vocab_size // at.tensor
     at_a_time = min(at.tokens, max(1, LOGITS_AT_A_TIME // rows))
     pieces = 1 if at_a_time == at.tokens else 2  # the next one's are computed before the last one's go
@@ -82,7 +84,7 @@ def fused(at: Setting, norm_kept: int, norm_backward: int, copied: int, gradient
     summed_weight = rows * model.d_model * 4
     of_hidden = at.whole
     piece = rows * model.d_model * 2 if at.bytes_each < 4 else 0  # a piece's product, before it is added
-    entered = at.whole if at.config.parallel.sequence and at.tensor > 1 else 0
+    entered = at.whole if at.split and at.tensor > 1 else 0
     kept = norm_kept + of_hidden + summed_weight
     forward = kept + at.stream + entered + copied + max(logits, piece)
     converted = gradient if at.weight_bytes < 4 else 0

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 from megamup.config import Config, micro_batches
-from megamup.plan.activations import BlockTape, Device, Setting, backends
+from megamup.plan.activations import Device, Setting, block_footprint
 from megamup.plan.ends import End, embedding, head
 from megamup.plan.state import Held, first_layers, inventory
 from megamup.plan.tape import Footprint, Recompute
@@ -40,10 +42,11 @@ class Memory:
     """The peak."""
 
 
-@dataclass(frozen=True)
-class Moment:
-    name: str
+class Moment(NamedTuple):
     total: int
+    where: str
+    place: int = 0
+    """Of a block in its stage."""
 
 
 def memory(config: Config, world_size: int, device: Device = "cuda") -> Memory:
@@ -85,8 +88,10 @@ class Stage:
     """Of every block: with new gradients of weights, and with gradients that are added to what is there."""
     embedding: tuple[End, End] | None
     heads: tuple[End, End] | None
-    boundary: int
-    """Bytes of what is sent to and received from other stages."""
+    output: int
+    """Bytes that go to the next stage, and wait there for their gradient; 0: there is none."""
+    exchanged: int
+    """Bytes of DeepSpeed's buffers for what comes from other stages, and of inputs and gradients that it lets lie."""
     in_flight: int
     """Micro batches whose activations it keeps at a time: of 1F1B, one for itself and each later stage."""
     micro_batches: int
@@ -104,96 +109,103 @@ class Stage:
         ends = sum(end[0].kept for end in (self.embedding, self.heads) if end)
         return sum(block.kept for block, _ in self.blocks) + ends
 
-    @property
+    @cached_property
     def peak(self) -> Moment:
-        return max(self.moments(), key=lambda moment: moment.total)
+        return max(self.moments())
 
     def moments(self) -> Iterator[Moment]:
         of_state = self.state
-        lasting = of_state.weights + of_state.optimizer + of_state.lasting + of_state.buffers + self.boundary
-        yield from self.passes("first", lasting, self.in_flight, first=True)
+        lasting = of_state.weights + of_state.optimizer + of_state.lasting + of_state.buffers + self.exchanged
+        yield from self.passes(lasting, self.in_flight, first=True)
         if later := self.in_flight if self.micro_batches > self.in_flight else self.in_flight - 1:
-            yield from self.passes("later", lasting, later, first=False)
-        after = lasting + of_state.loose + of_state.part
-        again = of_state.again if self.micro_batches > 1 else 0
-        yield Moment("reduction", after + of_state.backward + again + of_state.reduction)
-        yield Moment("optimizer step", lasting - of_state.lasting + of_state.gradients + of_state.step)
+            yield from self.passes(lasting, later, first=False)
+        first, full = self.micro_batches == 1, self.held.total > of_state.reduced_from > 0
+        after = lasting + of_state.loose + (0 if first else of_state.part) + of_state.backward
+        yield Moment(after + self.reducing(first, begun=full), "reduction")
+        yield Moment(lasting - of_state.lasting + of_state.gradients + of_state.step, "optimizer step")
 
-    def passes(self, which: str, lasting: int, in_flight: int, first: bool) -> Iterator[Moment]:
+    def passes(self, lasting: int, in_flight: int, first: bool) -> Iterator[Moment]:
         """A forward and a backward pass, ``in_flight`` micro batches with its own; or the step's ``first`` of both."""
         of_state = self.state
         summed = not of_state.renewed and (not first or not of_state.loose)
         version = 1 if summed else 0
         stay = 0 if of_state.renewed else of_state.loose
-        before = 0 if first else stay + of_state.part + of_state.backward
-        level = lasting + of_state.gathered + before + (in_flight - 1) * (self.kept + self.sent)
+        before = 0 if first else stay + of_state.part + (of_state.backward if of_state.buckets_last else 0)
+        level = lasting + of_state.gathered + before + (in_flight - 1) * (self.kept + self.output)
         gathering = of_state.gathering
         if self.embedding:
-            yield Moment(f"{which} forward, embedding", level + gathering + self.embedding[0].forward)
+            yield Moment(level + gathering + self.embedding[0].forward, "forward, embedding")
             level += self.embedding[0].kept
         for place, (block, _) in enumerate(self.blocks):
-            yield Moment(f"{which} forward, block {place}", level + gathering + block.forward)
+            if self.tied and place == len(self.blocks) - 1:
+                gathering = 0  # nothing is left to receive: the readout's weight is the embedding's
+            yield Moment(level + gathering + block.forward, "forward, block", place)
             level += block.kept
         gathering = of_state.gathering if of_state.gathers_again else 0
         if self.heads:
-            yield Moment(f"{which} forward, head", level + gathering + self.heads[0].forward)
-        level += gathering + (of_state.backward + of_state.part if first else 0)
-        made = 0  # bytes of gradients so far
+            yield Moment(level + gathering + self.heads[0].forward, "forward, head")
+        level += gathering + (of_state.backward if first or not of_state.buckets_last else 0)
+        made, copied = 0, 0  # bytes of gradients so far, and of this rank's part of them
         if self.heads:
-            yield Moment(f"{which} backward, head", level + self.heads[version].backward)
+            yield Moment(level + self.heads[version].backward, "backward, head")
             level += self.heads[version].weights
             made += self.heads[0].weights
         for place in reversed(range(len(self.blocks))):
             block = self.blocks[place][version]
             level -= block.kept
-            begun = bool(of_state.reduced_from) and made > self.weight_bytes * of_state.reduced_from
-            again = 0 if first else of_state.again
-            yield Moment(f"{which} backward, block {place}", level + (again if begun else 0) + block.backward)
+            begun = made > self.weight_bytes * of_state.reduced_from > 0
+            copied = self.copied(first) if begun else 0
+            yield Moment(level + copied + block.backward, "backward, block", place)
             if reduced := self.reduced(block, made):
-                yield Moment(f"{which} reduction, block {place}", level + reduced + again + of_state.reduction)
+                yield Moment(level + reduced + self.reducing(first, begun), "reduction, block", place)
             level += block.weights
             made += self.blocks[place][0].weights
         if self.embedding:
             level -= self.embedding[0].kept
-            yield Moment(f"{which} backward, embedding", level + self.embedding[version].backward + self.tied)
+            yield Moment(level + copied + self.embedding[version].backward + self.tied, "backward, embedding")
+
+    def copied(self, first: bool) -> int:
+        """This rank's part of the gradients, once a reduction of this backward pass has brought some of it."""
+        of_state = self.state
+        if of_state.compact:
+            return of_state.again + (of_state.part if first else 0)
+        return of_state.part if first else of_state.again
+
+    def reducing(self, first: bool, begun: bool) -> int:
+        """Bytes that a reduction takes; the first one's copy comes when what it sent is gone."""
+        of_state = self.state
+        summed = of_state.part if first and of_state.compact else 0
+        copy = self.copied(first) - summed
+        return summed + (of_state.reduction + copy if begun else max(of_state.reduction, copy))
 
     def reduced(self, block: Footprint, made: int) -> int:
         """Most bytes of a block's backward pass at a product whose gradient fills a bucket; 0: there is none."""
         bucket = self.weight_bytes * self.state.reduced_from
         return max((live for so_far, live in block.products if made + so_far > bucket > 0), default=0)
 
-    @property
-    def sent(self) -> int:
-        """Of a micro batch in flight, its output, which waits for its gradient."""
-        return 0 if self.heads else self.boundary // 3
-
 
 def stages(config: Config, world_size: int, device: Device) -> list[Stage]:
-    micro, count = micro_batches(config, world_size)
-    deepspeed = settings(config)
-    weight_bytes = 2 if config.precision == "bf16" and deepspeed.stage > 0 else 4
-    at = Setting(config, micro, backends(config, device), device, weight_bytes)
-    replicas = config.parallel.data(world_size) * config.parallel.context
-    kinds = {kind: footprints(at, kind) for kind in kinds_of(config)}
-    edges = first_layers(config.model.n_layers, config.parallel.pipeline)
-    pipeline, model = config.parallel.pipeline, config.model
-    found = []
-    for index, held in enumerate(inventory(model, config.parallel.tensor, pipeline)):
-        first, last = index == 0, index == pipeline - 1
-        layers = range(edges[index], edges[index + 1])
-        tied = model.tie_embeddings and pipeline == 1
+    deepspeed, parallel, model = settings(config), config.parallel, config.model
+    at = Setting.of(config, world_size, deepspeed.stage, device)
+    kinds = {kind: (block_footprint(at, kind, False), block_footprint(at, kind, True)) for kind in kinds_of(config)}
+    edges, count = first_layers(model.n_layers, parallel.pipeline), micro_batches(config, world_size)[1]
+    replicas, found = parallel.data(world_size) * parallel.context, []
+    for index, held in enumerate(inventory(model, parallel.tensor, parallel.pipeline)):
+        first, last = index == 0, index == parallel.pipeline - 1
+        tied = model.vocab_size // parallel.tensor * model.d_model if model.tie_embeddings and first and last else 0
         found.append(
             Stage(
                 held=held,
                 state=state(config, held, replicas, deepspeed, on_cpu=device == "cpu"),
-                blocks=tuple(kinds[recompute_of(config, layer)] for layer in layers),
+                blocks=tuple(kinds[recompute_of(config, layer)] for layer in range(edges[index], edges[index + 1])),
                 embedding=(embedding(at, False), embedding(at, True)) if first else None,
                 heads=(head(at, False), head(at, True)) if last else None,
-                boundary=0 if pipeline == 1 else 3 * at.stream,
-                in_flight=min(pipeline - index, count),
+                output=0 if last else at.stream,
+                exchanged=0 if first and last else at.stream * (1 if first else 5 if last else 4),
+                in_flight=min(parallel.pipeline - index, count),
                 micro_batches=count,
-                weight_bytes=weight_bytes,
-                tied=model.vocab_size // at.tensor * model.d_model * weight_bytes if tied else 0,
+                weight_bytes=at.weight_bytes,
+                tied=tied * at.weight_bytes,
             )
         )
     return found
@@ -209,8 +221,3 @@ def recompute_of(config: Config, layer: int) -> Recompute:
     if isinstance(setting, int):
         return "full" if layer % setting == 0 else "none"
     return setting
-
-
-def footprints(at: Setting, recompute: Recompute) -> tuple[Footprint, Footprint]:
-    new, summed = (BlockTape(at, summed).tape.footprint(recompute) for summed in (False, True))
-    return new, summed

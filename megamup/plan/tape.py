@@ -56,8 +56,8 @@ class Footprint:
     weights: int
     """Gradients of weights at its end; none where they are added to those that are there already."""
     products: tuple[tuple[int, int], ...]
-    """At every operation that has weights, in the order of the backward pass: bytes of weights' gradients that were made
-    so far, and most bytes then."""
+    """At every operation that has weights, in the order of the backward pass: bytes of weights' gradients made so far,
+    and most bytes then."""
 
 
 @dataclass

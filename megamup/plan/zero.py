@@ -17,6 +17,8 @@ from megamup.plan.state import Held
 
 ALLREDUCE_ELEMENTS = 500_000_000
 """Of gradients that are reduced at a time where no bucket is configured (``MEMORY_OPT_ALLREDUCE_SIZE``)."""
+OVERLAPPED_ELEMENTS, IN_FLIGHT = 25_000_000, 3
+"""Of a bucket, and how many buckets are there at a time, where ZeRO 0 reduces behind the backward pass."""
 MOMENTS = 8
 """Bytes of AdamW's two averages of a weight."""
 
@@ -39,6 +41,8 @@ class StateBytes:
     """This rank's part of the gradients, from the first reduction to the step."""
     backward: int = 0
     """Buckets, from a step's first backward pass on."""
+    buckets_last: bool = False
+    """They stay until the step, else until each backward pass is over."""
     gathered: int = 0
     """ZeRO 3: weights of other ranks, at the most."""
     gathering: int = 0
@@ -49,6 +53,8 @@ class StateBytes:
     """Besides all of these, while gradients are reduced."""
     again: int = 0
     """A later micro batch's part of the gradients, before it is added to that of the earlier ones."""
+    compact: bool = False
+    """The part is summed in fp32 as reductions arrive, beside what is copied out of the bucket."""
     renewed: bool = False
     """`loose` gradients go after each backward pass."""
     reduced_from: int = 0
@@ -124,7 +130,7 @@ def on_device(config: Config, held: Held, replicas: int, settings: Settings, on_
     """`state` where nothing is offloaded."""
     mixed, pipelined = config.precision == "bf16" and settings.stage > 0, config.parallel.pipeline > 1
     if settings.stage == 0:
-        return plain(held)
+        return plain(held, replicas, pipelined)
     if settings.stage == 3:
         return zero_3(held, replicas, settings, each=2 if mixed else 4, copies=2 if on_cpu else 1)
     if settings.stage == 1 and mixed:
@@ -132,14 +138,18 @@ def on_device(config: Config, held: Held, replicas: int, settings: Settings, on_
     return zero_1_2(held, replicas, settings, each=2 if mixed else 4, pipelined=pipelined)
 
 
-def plain(held: Held) -> StateBytes:
-    """ZeRO 0: the bare optimizer. Reduction flattens gradients, and copies the sums back."""
+def plain(held: Held, replicas: int, pipelined: bool) -> StateBytes:
+    """ZeRO 0: the bare optimizer. Some buckets of gradients are flattened at a time (`megamup.train.overlap`), in a
+    pipeline, where DeepSpeed reduces, all of them."""
+    sent = ALLREDUCE_ELEMENTS + held.largest if pipelined else IN_FLIGHT * OVERLAPPED_ELEMENTS
+    reduced = pipelined or replicas > 1
     return StateBytes(
         weights=4 * held.total,
         gradients=4 * held.total,
         optimizer=MOMENTS * held.total,
         loose=4 * held.total,
-        reduction=4 * min(held.total, ALLREDUCE_ELEMENTS + held.largest),
+        reduction=4 * min(held.total, sent) if reduced else 0,
+        reduced_from=OVERLAPPED_ELEMENTS if reduced and not pipelined else 0,
     )
 
 
@@ -163,6 +173,7 @@ def zero_1_2(held: Held, replicas: int, settings: Settings, each: int, pipelined
     backward pass, at ZeRO 2 as they come; a reduction flattens the bucket, and this rank's part is kept."""
     whole, part = settings.stage == 1, held.total // replicas
     overlaps = settings.overlap and not pipelined
+    early = 4 * part if whole and overlaps and held.total > settings.reduce_bucket else 0  # during the backward pass
     buckets = (1 if settings.contiguous else 0) + (1 if overlaps else 0)
     return StateBytes(
         weights=each * held.total,
@@ -170,9 +181,11 @@ def zero_1_2(held: Held, replicas: int, settings: Settings, each: int, pipelined
         optimizer=(4 + MOMENTS) * part,
         loose=4 * held.total if whole else 0,
         part=0 if whole else 4 * part,
-        backward=buckets * each * settings.reduce_bucket,
-        reduction=4 * part if whole else each * min(held.total, settings.reduce_bucket),
+        backward=buckets * each * settings.reduce_bucket + early,
+        reduction=4 * part - early if whole else each * min(held.total, settings.reduce_bucket),
         again=0 if whole else each * part,
+        compact=each < 4,
+        buckets_last=whole,
         reduced_from=0 if whole else settings.reduce_bucket,
         step=4 * -(-held.largest_group // replicas) + (4 * part if whole else 0),
     )

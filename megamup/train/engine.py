@@ -223,6 +223,8 @@ def deepspeed_keys(config: Config, world_size: int) -> dict[str, Any]:
         # Between stages DeepSpeed would send each tensor rank's part of what it takes for replicas, and join them.
         "pipeline": dict.fromkeys(("pipe_partitioned", "grad_partitioned"), not config.parallel.sequence),
     }
+    if config.parallel.pipeline > 1 and config.zero_stage > 0:
+        keys["zero_optimization"] |= {"overlap_comm": False}  # DeepSpeed has none there, and warns on every rank
     if config.precision == "bf16" and config.zero_stage > 0:
         # At ZeRO 0 the parameters stay fp32 and the layers cast them: DeepSpeed has no bf16 there that accumulates
         # gradients in fp32.

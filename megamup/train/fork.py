@@ -133,6 +133,8 @@ def _rank(
     gc.freeze()
     os.environ.update(environment)
     torch.set_num_threads(threads)
+    if compiler := sys.modules.get("torch._inductor.async_compile"):
+        compiler.AsyncCompile.pool.cache_clear()  # threads that compiled for the parent, and aren't forked
     if log is not None:
         handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(handle, 1)

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.hooks import RemovableHandle
 
 from megamup.config import Config
@@ -153,7 +154,8 @@ def first_forward(module: nn.Module, see: Seen) -> RemovableHandle:
 
     def hook(called: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         handle.remove()
-        with torch.no_grad():
+        # Without modes, as that of selective recomputation would keep what is computed here as the block's own.
+        with torch.no_grad(), _disable_current_modes():
             see(called, inputs, output.detach())
 
     handle = module.register_forward_hook(hook)

@@ -90,6 +90,8 @@ class Profiler:
         last = torch.empty(1, device=device())  # an event with the final count of bytes
         running.stop()
         self.counting.close()
+        alive = live_bytes(device())
+        del last
         text = chrome_trace(running)
         trace = json.loads(text)
         found = breakdown(trace, axes(self.mesh))
@@ -99,7 +101,7 @@ class Profiler:
             if self.mesh.data.rank == 0:
                 write_bytes_atomic(self.folder / f"rank-{dist.get_rank()}.json.gz", gzip.compress(text, 6))
             if dist.get_rank() == 0:
-                memory = timeline(running, live_bytes(device()), device())
+                memory = timeline(running, alive, device())
                 held = profile_summary.held(self.engine.deepspeed)
                 profile_summary.write(self.folder, self.config, self.steps, everyone, memory, held)
         except OSError as error:

@@ -17,7 +17,7 @@ from megamup.config import Config
 from megamup.files import write_bytes_atomic, write_json_atomic, write_text_atomic
 from megamup.page import FITTED, GRID, INK, MUTED, dress
 from megamup.train.memory import MemoryTrace
-from megamup.train.trace import CATEGORIES, STEP, Breakdown, Collective, in_backward
+from megamup.train.trace import CATEGORIES, STEP, Breakdown, Collective, in_backward, shown_as
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -197,7 +197,7 @@ def at_peak(memory: MemoryTrace, most: int = 10) -> Iterable[tuple[str, int]]:
     """What was alive at the peak, by the operation that had allocated it; the smallest in one."""
     made: Counter[str] = Counter()
     for path, size in memory.at_peak.items():
-        names = [name for name in path.split(" > ") if not name.startswith(STEP) and not in_backward([name])]
+        names = [shown_as(name) for name in path.split(" > ") if not name.startswith(STEP) and not in_backward([name])]
         made[" > ".join(names[:2]) or "outside any operation"] += size
     yield from made.most_common(most)
     if rest := sum(size for _, size in made.most_common()[most:]):

@@ -78,14 +78,15 @@ def test_the_page_has_every_part_and_what_failed(tmp_path: Path) -> None:
         Outcome("megamup", "done", 20.0, result("megamup", 100.0)),
         Outcome("transformers", "done", 20.0, result("transformers", 80.0)),
         Outcome("tests", "failed", 5.0, message="exit code 1\n1 failed, 3 passed"),
-        Outcome("profile", "done", 5.0, "| matrix products | 71% |"),
+        Outcome("profile", "done", 5.0, "# Where time goes\n\n| matrix products | 71% |\n\n![memory](memory.svg)\n"),
         Outcome("litgpt", "no time", message="3 s were left"),
     ]
     page, failures = page_of(outcomes, bench(tmp_path), "./dev gpu", "NVIDIA A100")
     assert failures == []
     assert "| tests | failed | 5 |" in page
     assert "1 failed, 3 passed" in page
-    assert "| matrix products | 71% |" in page
+    assert "\n## Where time goes\n\n| matrix products | 71% |\n" in page
+    assert "memory.svg" not in page
     assert "3 s were left" in page
     assert "| 1.250 |" in page
     assert "312 TFLOP/s: data sheet of NVIDIA A100" in page

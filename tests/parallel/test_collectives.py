@@ -282,7 +282,7 @@ class Events(TorchDispatchMode):
     """Names of the products and collectives in the order in which they are started, and of the waits."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names: list[str] = []
         self.started: dict[int, str] = {}
 
@@ -308,7 +308,7 @@ def backward_events(sequence: bool) -> list[list[str]]:
         weights = tuple(draw(at, rows, D_IN).requires_grad_() for at, rows in enumerate((5, 7)))
         total = torch.stack([y.sum() for y in column_products(x, weights, axis, sequence)]).sum()
         with Events() as events:
-            total.backward()  # type: ignore[no-untyped-call]
+            total.backward()
         found.append(events.names)
     return found
 

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megamup.config import Config
+from megamup.models.blocks import Norm, PositionEmbedding
 from megamup.models.decoder import context
-from megamup.parallel.collectives import copy_to_axis, leave
+from megamup.parallel.collectives import SEQ, all_reduce
 from megamup.parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -21,7 +22,7 @@ from megamup.parallel.layers import (
     spec_of,
 )
 from megamup.parallel.loss import vocab_parallel_cross_entropy
-from megamup.parallel.mesh import SINGLE, build_mesh
+from megamup.parallel.mesh import SINGLE, Axis, Mesh, build_mesh
 from megamup.sections import Parallel
 from megamup.train import distributed
 from megamup.train.fork import run_ranks
@@ -29,68 +30,114 @@ from megamup.train.fork import run_ranks
 Outcome = dict[str, Tensor]
 
 
-def gather(x: Tensor, dim: int) -> Tensor:
-    pieces = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(pieces, x.contiguous())
+def gather(x: Tensor, dim: int, axis: Axis | None = None) -> Tensor:
+    """The parts of the world's ranks, or of an axis's."""
+    group, size = (dist.group.WORLD, dist.get_world_size()) if axis is None else (axis.group, axis.size)
+    if size == 1:
+        return x
+    pieces = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(size)]
+    dist.all_gather(pieces, x.contiguous(), group=group)
     return torch.cat(pieces, dim)
 
 
+def stretch(x: Tensor, mesh: Mesh) -> Tensor:
+    """What of (batch, seq, ...) this rank holds between the tensor-parallel regions."""
+    return x.chunk(mesh.stretches, SEQ)[mesh.stretch]
+
+
+def joined(x: Tensor, mesh: Mesh) -> Tensor:
+    """The whole of it again."""
+    return gather(gather(x, SEQ, mesh.tensor) if mesh.sequence else x, SEQ, mesh.context)
+
+
 def mlp_like(config: Config) -> Outcome:
-    """Column, bias, nonlinearity, row, bias: output, input gradient and gathered weight gradients."""
+    """Norm, column, bias, nonlinearity, row, bias: output, input gradient and gathered weight gradients."""
     distributed.join()
     mesh = build_mesh(config.parallel)
     built_from = context(config, mesh)
+    norm = Norm(built_from, config.model, "blocks.0.mlp_norm")
     up, down = ColumnParallelLinear(built_from, "blocks.0.mlp.up"), RowParallelLinear(built_from, "blocks.0.mlp.down")
-    assert up.bias is not None
-    assert down.bias is not None
+    shards = [norm.weight, norm.bias, up.weight, up.bias, down.weight, down.bias]
     torch.manual_seed(0)
     with torch.no_grad():  # biases start at zero: give them values that a wrong sum would show
+        assert down.bias is not None
         down.bias.copy_(torch.randn(config.model.d_model))
-    x = torch.randn(2, 5, config.model.d_model, requires_grad=True)
-    (inner,) = column_parallel(x, (up,), mesh, built_from.kernels)
+    x = stretch(torch.randn(2, 8, config.model.d_model), mesh).requires_grad_()
+    (inner,) = column_parallel(norm(x), (up,), mesh, built_from.kernels)
     y = down(F.gelu(inner))
-    (y * torch.randn(y.shape)).sum().backward()
+    (y * stretch(torch.randn(2, 8, config.model.d_model), mesh)).sum().backward()
     assert x.grad is not None
-    found = {"y": y.detach(), "x": x.grad}
-    for shard in (up.weight, up.bias, down.weight, down.bias):
+    found = {"y": joined(y.detach(), mesh), "x": joined(x.grad, mesh)}
+    for shard in shards:
+        assert shard is not None
         assert shard.grad is not None
         dim = spec_of(shard).partition_dim
         found[spec_of(shard).name] = shard.grad if dim is None else gather(shard.grad, dim)
     return found
 
 
-def test_column_then_row_is_the_whole_linear(make_config: Any) -> None:
-    """d_ff = 160 over 1, 2 and 4 ranks: the same output and gradients."""
+@pytest.mark.parametrize("sequence", [False, True])
+def test_column_then_row_is_the_whole_linear(make_config: Any, sequence: bool) -> None:
+    """d_ff = 160 over 1, 2 and 4 ranks: the same output and gradients, those of replicas and of stretches too."""
     overrides = ["model.arch=gpt", "model.n_kv_heads=4", "mup.alpha.hidden=1.5", "mup.alpha.residual_out=0.7"]
     whole = run_ranks(mlp_like, 1, make_config(*overrides))[0]
     for tensor in (2, 4):
-        for rank in run_ranks(mlp_like, tensor, make_config(*overrides, f"parallel.tensor={tensor}")):
+        parallel = (f"parallel.tensor={tensor}", f"parallel.sequence={sequence}")
+        for rank in run_ranks(mlp_like, tensor, make_config(*overrides, *parallel)):
             for name, value in whole.items():
-                torch.testing.assert_close(rank[name], value, rtol=1e-5, atol=1e-6, msg=name)
+                torch.testing.assert_close(rank[name], value, rtol=1e-5, atol=1e-5, msg=name)
+
+
+TOKENS = torch.tensor([[0, 1, 127, 128, 255, 128, 3, 3], [64, 63, 191, 192, 0, 0, 255, 254]])
 
 
 def embed(config: Config) -> Outcome:
+    """Tokens and positions, and the gradients of both tables, whole."""
     distributed.join()
     mesh = build_mesh(config.parallel)
-    layer = VocabParallelEmbedding(context(config, mesh), "embedding.token")
-    tokens = torch.tensor([[0, 1, 127, 128, 255, 128], [64, 63, 191, 192, 0, 0]])
-    y = layer(tokens)
-    (y * torch.arange(y.numel()).reshape(y.shape)).sum().backward()
-    assert layer.weight.grad is not None
-    return {"y": y.detach(), "gradient": gather(layer.weight.grad, 0), "weight": gather(layer.weight.detach(), 0)}
+    built_from = context(config, mesh)
+    token, position = VocabParallelEmbedding(built_from, "embedding.token"), PositionEmbedding(built_from)
+    y = position(token(TOKENS.chunk(mesh.context.size, SEQ)[mesh.context.rank]))
+    weights = torch.arange(TOKENS.numel() * y.shape[-1]).view(*TOKENS.shape, -1)
+    (y * stretch(weights, mesh)).sum().backward()
+    assert token.weight.grad is not None
+    assert position.weight.grad is not None
+    # Context ranks' gradients, each of its stretch, are added where data ranks' are.
+    of_tokens, of_positions = (all_reduce(grad, mesh.context) for grad in (token.weight.grad, position.weight.grad))
+    return {
+        "y": joined(y.detach(), mesh),
+        "gradient": gather(of_tokens, 0, mesh.tensor),
+        "weight": gather(token.weight.detach(), 0, mesh.tensor),
+        "position gradient": of_positions,
+        "position": position.weight.detach(),
+    }
 
 
-def test_vocab_parallel_embedding_is_a_lookup(make_config: Any) -> None:
-    for tensor in (1, 2, 4):
-        for rank in run_ranks(
-            embed, tensor, make_config(f"parallel.tensor={tensor}", "model.n_kv_heads=4", "mup.alpha.embedding=2")
-        ):
-            tokens = torch.tensor([[0, 1, 127, 128, 255, 128], [64, 63, 191, 192, 0, 0]])
-            weight = rank["weight"].requires_grad_()
-            expected = 2 * F.embedding(tokens, weight)
-            torch.testing.assert_close(rank["y"], expected.detach(), rtol=0, atol=0)
-            (expected * torch.arange(expected.numel()).reshape(expected.shape)).sum().backward()
-            torch.testing.assert_close(rank["gradient"], weight.grad)
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        {"tensor": 1},
+        {"tensor": 2},
+        {"tensor": 4},
+        {"tensor": 2, "sequence": True},
+        {"tensor": 4, "sequence": True},
+        {"context": 2},
+        {"tensor": 2, "context": 2},
+        {"tensor": 2, "context": 2, "sequence": True},
+    ],
+    ids=str,
+)
+def test_embeddings_are_lookups(make_config: Any, parallel: dict[str, int]) -> None:
+    overrides = ["model.arch=gpt", "model.n_kv_heads=4", "mup.alpha.embedding=2"]
+    overrides += [f"parallel.{key}={value}" for key, value in parallel.items()]
+    world = parallel.get("tensor", 1) * parallel.get("context", 1)
+    for rank in run_ranks(embed, world, make_config(*overrides)):
+        token, position = rank["weight"].requires_grad_(), rank["position"].requires_grad_()
+        expected = 2 * F.embedding(TOKENS, token) + 2 * position[: TOKENS.shape[1]]
+        torch.testing.assert_close(rank["y"], expected.detach(), rtol=1e-6, atol=1e-6)
+        (expected * torch.arange(expected.numel()).reshape(expected.shape)).sum().backward()
+        torch.testing.assert_close(rank["gradient"], token.grad)
+        torch.testing.assert_close(rank["position gradient"], position.grad)
 
 
 def loss_shards(logits: Tensor, targets: Tensor, weights: Tensor) -> Outcome:
@@ -128,24 +175,3 @@ def test_cross_entropy_of_bf16_logits_is_taken_in_fp32() -> None:
     loss.sum().backward()
     assert logits.grad is not None
     assert logits.grad.dtype == torch.bfloat16
-
-
-def pairs() -> tuple[Tensor, Tensor]:
-    distributed.join()
-    axis = build_mesh(Parallel(tensor=dist.get_world_size())).tensor
-    x = torch.full((3,), float(axis.rank + 1), requires_grad=True)
-    copy_to_axis(x, axis).sum().backward()
-    z = x.detach().clone().requires_grad_()
-    y = leave(z, axis, False)
-    (y * torch.arange(3)).sum().backward()
-    assert x.grad is not None
-    assert z.grad is not None
-    assert y.tolist() == [3.0, 3.0, 3.0]
-    return x.grad, z.grad
-
-
-def test_collectives_are_each_others_adjoint() -> None:
-    """copy: identity forward, sum backward. reduce: sum forward, identity backward."""
-    for copied, reduced in run_ranks(pairs, 2):
-        assert copied.tolist() == [2.0, 2.0, 2.0]
-        assert reduced.tolist() == [0.0, 1.0, 2.0]

@@ -149,7 +149,7 @@ class Largest(TorchDispatchMode):
     """Bytes of the largest tensor that any operator makes (views and results in place aren't made)."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.nbytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

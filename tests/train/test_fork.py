@@ -9,7 +9,9 @@ import time
 
 import pytest
 import torch
+import torch._inductor.config
 import torch.distributed as dist
+from torch._inductor.async_compile import AsyncCompile
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from megamup.errors import MegamupError
@@ -88,3 +90,14 @@ def test_the_parents_garbage_is_left_alone() -> None:
     finally:
         gc.enable()
         gc.collect()  # here, where the stores' threads are: no later fork is to meet them
+
+
+def compile_something() -> int:
+    return int(AsyncCompile.submit(lambda: 3).result(timeout=30))
+
+
+def test_ranks_compile_after_the_parent_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor's threads aren't forked: a rank that believed in its parent's would wait for them for ever."""
+    monkeypatch.setattr(torch._inductor.config, "compile_threads", 2)
+    assert compile_something() == 3
+    assert run_ranks(compile_something, 2) == [3, 3]

@@ -16,7 +16,7 @@ from torch import nn
 from megamup.config import Config
 from megamup.errors import MegamupError
 from megamup.train.fork import run_ranks
-from megamup.train.loop import start, train_step
+from megamup.train.loop import start, train, train_step
 from megamup.train.optim import CPU_ADAM, FUSED_ADAM, TORCH, adamw, adamw_backend, build_lacks
 
 
@@ -131,6 +131,23 @@ def test_offloading_trains_the_same_model(make_config: Any, stage: int, precisio
     assert goes[0] == ("DeepSpeedCPUAdam" if build_lacks(CPU_ADAM) is None else "AdamW")
     assert len(goes[1]) > 12
     assert goes[1] == pytest.approx(stays[1], rel=1e-4 if precision == "fp32" else 2e-2)
+
+
+def test_an_offloaded_run_resumes_bit_for_bit(make_config: Any, read_metrics: Any) -> None:
+    common = (
+        "schedule.kind=constant",
+        "train.save_every=3",
+        "data.valid=null",
+        "deepspeed=ds_configs/zero3_offload.json",
+    )
+    whole = make_config("train.steps=6", "run.name=whole", *common)
+    run_ranks(train, 2, whole)
+    for steps in (3, 6):
+        resumed = make_config(f"train.steps={steps}", "run.name=resumed", *common)
+        run_ranks(train, 2, resumed)
+    found, expected = ([record["loss"] for record in read_metrics(config)] for config in (resumed, whole))
+    assert found == expected
+    assert len(found) == 6
 
 
 def test_auto_needs_no_compiler(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megamup.config import Config
 from megamup.data.loader import BatchStream, TensorBatch
@@ -132,6 +133,23 @@ def test_training_is_the_same_under_a_profile(make_config: Any, read_metrics: An
         run_ranks(train, 1, config)
     losses = [[record["loss"] for record in read_metrics(config)] for config in (plain, watched)]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_the_time_is_the_devices(make_config: Any, read_metrics: Any) -> None:
+    config = make_config("train.profile=[5,8]", "train.steps=8", "precision=bf16", "data.valid=null")
+    found = profiled(config, 1)
+    adds_up(found)
+    assert found["device"] == "cuda"
+    for part in ("matmul", "attention", "other", "optimizer"):
+        assert found["time_ms"][part] > 0, part
+    for part in ("matmul", "attention"):
+        assert 0.3 < found["backward_ms"][part] / found["time_ms"][part] < 0.95, part
+    kernels = [one["name"] for one in found["operations_of_rank_0"]]
+    assert not any(name.startswith("aten::") for name in kernels)
+    peak = read_metrics(config)[-1]["memory_peak_gib"] * 2**30
+    assert 0.5 * peak < found["memory"]["peak_bytes"] <= 1.01 * peak
 
 
 @pytest.mark.parametrize("steps", ["[5,3]", "[10,21]", "[0,2]", "[3]", "4"])

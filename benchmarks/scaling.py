@@ -189,17 +189,17 @@ def table(lines: list[Row], rates: dict[Layout, list[float]], folder: Path) -> l
 def verdicts(rates: dict[Layout, list[float]], folder: Path) -> list[tuple[str, float, float]]:
     """(what, measured, bound) of what two ranks are held to."""
 
-    def rate(axis: str) -> float | None:
-        found = rates.get(Layout(axis, 2, STRONG))
-        return median(found) if found else None
+    def rate(layout: Layout) -> float | None:
+        return median(rates[layout]) if rates.get(layout) else None
 
-    data, tensor, pipeline, ideal = (rate(axis) for axis in ("data", "tensor", "pipeline", ALONE))
+    data, tensor = rate(strong("data", 2).layout), rate(strong("tensor", 2).layout)
+    staged = strong("pipeline", 2)
+    pipeline, ideal = rate(staged.layout), rate(staged.ideal)
     found = []
     if data and tensor:
         found.append(("tensor=2 over data=2", tensor / data, BOUND_TENSOR))
     if pipeline and ideal:
-        layout = Layout("pipeline", 2, STRONG)
-        idle = bubble(layout, layout.config(folder, 1))
+        idle = bubble(staged.layout, staged.layout.config(folder, 1))
         found.append(("pipeline=2 over the ideal without bubble", pipeline / ideal / (1 - idle), BOUND_PIPELINE))
     return found
 

@@ -69,7 +69,8 @@ def html(check: Check) -> str:
     config, axis = check.config, check.axis
     verdict = "flat" if check.flat else "not flat"
     lead = (
-        f"<p class='lead'><strong>{verdict}</strong>: {config.model.arch}, {config.mup.parametrization}, {config.parallel.label}, "
+        f"<p class='lead'><strong>{verdict}</strong>: {config.model.arch}, {config.mup.parametrization}, "
+        f"{config.parallel.label}, "
         f"{axis} {', '.join(map(str, check.sizes))}, {check.seeds} seed(s), tolerance {check.tolerance:g}.</p>"
     )
     caption = f"Each panel spans two decades or more; the figure in its title is the last step's slope on log {axis}."

@@ -74,13 +74,21 @@ def reference(at: Setting, norm_kept: int, norm_backward: int, copied: int, grad
     return End(kept, forward, backward, weights, 2 * exact + converted)
 
 
+def logits_at_a_time(at: Setting, rows: int) -> int:
+    """Bytes of logits of ``rows`` words that exist at a time."""
+    if at.backends["cross_entropy"] == "liger":  # in as many pieces as the vocabulary is wider than the model, in place
+        piece = -(-at.tokens // -(-rows // at.model.d_model))
+        return (1 << (piece - 1).bit_length()) * rows * at.bytes_each
+    at_a_time = min(at.tokens, max(1, LOGITS_AT_A_TIME // rows))
+    pieces = 1 if at_a_time == at.tokens else 2  # the next one's are computed before the last one's go
+    return pieces * at_a_time * rows * (4 + (2 if at.bytes_each < 4 else 0))
+
+
 def fused(at: Setting, norm_kept: int, norm_backward: int, copied: int, gradient: int, summed: bool) -> End:
     """Loss and gradients together, some rows' logits at a time; the weight's gradient is summed in fp32."""
     model = at.model
     rows = model.vocab_size // at.tensor
-    at_a_time = min(at.tokens, max(1, LOGITS_AT_A_TIME // rows))
-    pieces = 1 if at_a_time == at.tokens else 2  # the next one's are computed before the last one's go
-    logits = pieces * at_a_time * rows * (4 + (2 if at.bytes_each < 4 else 0))
+    logits = logits_at_a_time(at, rows)
     summed_weight = rows * model.d_model * 4
     of_hidden = at.whole
     piece = rows * model.d_model * 2 if at.bytes_each < 4 else 0  # a piece's product, before it is added

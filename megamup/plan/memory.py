@@ -127,12 +127,20 @@ class Stage:
     def passes(self, lasting: int, in_flight: int, first: bool) -> Iterator[Moment]:
         """A forward and a backward pass, ``in_flight`` micro batches with its own; or the step's ``first`` of both."""
         of_state = self.state
-        summed = not of_state.renewed and (not first or not of_state.loose)
-        version = 1 if summed else 0
         stay = 0 if of_state.renewed else of_state.loose
-        before = 0 if first else stay + of_state.part + (of_state.backward if of_state.buckets_last else 0)
-        level = lasting + of_state.gathered + before + (in_flight - 1) * (self.kept + self.output)
-        gathering = of_state.gathering
+        earlier = 0 if first else stay + of_state.part + (of_state.backward if of_state.buckets_last else 0)
+        level = lasting + of_state.gathered + earlier + (in_flight - 1) * (self.kept + self.output)
+        yield from self.forward(level)
+        new_buckets = of_state.backward if first or not of_state.buckets_last else 0
+        yield from self.backward(level + self.kept + self.gathering_again + new_buckets, first)
+
+    @property
+    def gathering_again(self) -> int:
+        return self.state.gathering if self.state.gathers_again else 0
+
+    def forward(self, level: int) -> Iterator[Moment]:
+        """A forward pass on top of ``level`` bytes."""
+        gathering = self.state.gathering
         if self.embedding:
             yield Moment(level + gathering + self.embedding[0].forward, "forward, embedding")
             level += self.embedding[0].kept
@@ -141,12 +149,16 @@ class Stage:
                 gathering = 0  # nothing is left to receive: the readout's weight is the embedding's
             yield Moment(level + gathering + block.forward, "forward, block", place)
             level += block.kept
-        gathering = of_state.gathering if of_state.gathers_again else 0
         if self.heads:
-            yield Moment(level + gathering + self.heads[0].forward, "forward, head")
-        level += gathering + (of_state.backward if first or not of_state.buckets_last else 0)
+            yield Moment(level + self.gathering_again + self.heads[0].forward, "forward, head")
+
+    def backward(self, level: int, first: bool) -> Iterator[Moment]:
+        """A backward pass from ``level`` bytes on, in which all that is kept for it is."""
+        of_state = self.state
+        version = 0 if of_state.renewed or (first and of_state.loose) else 1
         made, copied = 0, 0  # bytes of gradients so far, and of this rank's part of them
         if self.heads:
+            level -= self.heads[0].kept
             yield Moment(level + self.heads[version].backward, "backward, head")
             level += self.heads[version].weights
             made += self.heads[0].weights

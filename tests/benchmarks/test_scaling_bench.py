@@ -39,7 +39,8 @@ def test_the_bubble_of_a_pipeline(tmp_path: Path) -> None:
     assert bubble(data, data.config(tmp_path, 1)) == 0
 
 
-def test_verdicts(tmp_path: Path) -> None:
+def test_verdicts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(scaling, "cores", lambda: 2)
     speeds = {"data": 100.0, "tensor": 80.0, "pipeline": 96.0, ALONE: 120.0}
     rates = {Layout(axis, 2, STRONG): [speed, speed * 0.9, speed * 1.1] for axis, speed in speeds.items()}
     (_, tensor, _), (_, pipeline, _) = verdicts(rates, tmp_path)

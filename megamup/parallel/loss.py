@@ -160,6 +160,7 @@ class _Fused(torch.autograd.Function):
                 of_weight.addmm_(gradient.t(), hidden[rows])
             else:  # summed over the pieces in fp32
                 of_weight += gradient.t() @ hidden[rows]
+            del logits, gradient  # before the next rows' exist
         ctx.dtype = weight.dtype
         ctx.save_for_backward(of_hidden, of_weight)
         return total

@@ -36,9 +36,9 @@ def all_reduce(x: Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM) -> Tensor:
 # ------------------------------------------------------------------- started, outside autograd
 
 
-def start_all_reduce(x: Tensor, group: str, size: int) -> Pending:
-    """The ranks' sum, the same on each."""
-    started = torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", group)
+def start_all_reduce(x: Tensor, group: str, size: int, op: str = "sum") -> Pending:
+    """The ranks' sum (or ``max``), the same on each."""
+    started = torch.ops._c10d_functional.all_reduce(x.contiguous(), op, group)
     return lambda: cast(Tensor, torch.ops._c10d_functional.wait_tensor(started))
 
 

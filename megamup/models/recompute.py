@@ -32,8 +32,8 @@ KEPT = {
 }
 """What ``selective`` keeps: the results of matrix products and attention, dear to compute, and of collectives, dear to
 send. All else (norms, activation functions, rotations, sums) is cheap to repeat (Korthikanti et al. 2022)."""
-KEPT_BY_NAME = ("flash_attn::", "flash_attn_3::", "flex_attention")
-"""The same of libraries that may not be there, by the beginning of an operator's name."""
+KEPT_BY_NAME = ("megamup::", "flash_attn::", "flash_attn_3::", "flex_attention")
+"""The same of parallel/products.py, and of libraries that may not be there, by the beginning of an operator's name."""
 
 
 def policy(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -14,7 +14,6 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives  # defines the operators
-import torch.nn.functional as F
 from torch import Tensor
 
 from megamup.parallel.mesh import Axis
@@ -37,23 +36,23 @@ def all_reduce(x: Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM) -> Tensor:
 # ------------------------------------------------------------------- started, outside autograd
 
 
-def start_all_reduce(x: Tensor, axis: Axis) -> Pending:
-    """The ranks' sum, the same on each."""
-    started = torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", axis.name)
+def start_all_reduce(x: Tensor, group: str, size: int, op: str = "sum") -> Pending:
+    """The ranks' sum (or ``max``), the same on each."""
+    started = torch.ops._c10d_functional.all_reduce(x.contiguous(), op, group)
     return lambda: cast(Tensor, torch.ops._c10d_functional.wait_tensor(started))
 
 
-def start_all_gather(x: Tensor, axis: Axis) -> Pending:
-    """The ranks' stretches in order: (batch, seq / size, ...) -> (batch, seq, ...)."""
+def start_all_gather(x: Tensor, group: str, size: int) -> Pending:
+    """The ranks' stretches in order: (batch, seq / size, ...) -> (batch, seq, ...), positions first in memory."""
     first = x.transpose(0, SEQ).contiguous()  # the stretches follow each other in memory; free where batch = 1
-    started = torch.ops._c10d_functional.all_gather_into_tensor(first, axis.size, axis.name)
+    started = torch.ops._c10d_functional.all_gather_into_tensor(first, size, group)
     return lambda: cast(Tensor, torch.ops._c10d_functional.wait_tensor(started)).transpose(0, SEQ)
 
 
-def start_reduce_scatter(x: Tensor, axis: Axis) -> Pending:
+def start_reduce_scatter(x: Tensor, group: str, size: int) -> Pending:
     """This rank's stretch of the ranks' sum: (batch, seq, ...) -> (batch, seq / size, ...)."""
     first = x.transpose(0, SEQ).contiguous()
-    started = torch.ops._c10d_functional.reduce_scatter_tensor(first, "sum", axis.size, axis.name)
+    started = torch.ops._c10d_functional.reduce_scatter_tensor(first, "sum", size, group)
     # Contiguous, as pipeline stages send what lies in memory.
     return lambda: cast(Tensor, torch.ops._c10d_functional.wait_tensor(started)).transpose(0, SEQ).contiguous()
 
@@ -79,7 +78,7 @@ class _Copy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return start_all_reduce(grads[0], ctx.axis)(), None
+        return start_all_reduce(grads[0], ctx.axis.name, ctx.axis.size)(), None
 
 
 class _Reduce(torch.autograd.Function):
@@ -87,7 +86,7 @@ class _Reduce(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        return start_all_reduce(x, axis)()
+        return start_all_reduce(x, axis.name, axis.size)()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -100,11 +99,11 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
-        return start_all_gather(x, axis)()
+        return start_all_gather(x, axis.name, axis.size)()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return start_reduce_scatter(grads[0], ctx.axis)(), None
+        return start_reduce_scatter(grads[0], ctx.axis.name, ctx.axis.size)(), None
 
 
 class _ReduceScatter(torch.autograd.Function):
@@ -113,11 +112,11 @@ class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
-        return start_reduce_scatter(x, axis)()
+        return start_reduce_scatter(x, axis.name, axis.size)()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return start_all_gather(grads[0], ctx.axis)(), None
+        return start_all_gather(grads[0], ctx.axis.name, ctx.axis.size)(), None
 
 
 class _Exchange(torch.autograd.Function):
@@ -131,40 +130,6 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         return all_to_all(grads[0], ctx.axis, ctx.joined, ctx.cut), None, None, None
-
-
-class _ColumnProducts(torch.autograd.Function):
-    """Products of one input with several column-parallel weights, the tensor axis's traffic behind products.
-
-    Backward, the sum of the input's gradient over the axis runs while the weights' gradients are computed; with
-    ``sequence`` the input is kept as this rank's stretch and gathered again while its gradient is computed.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis, sequence: bool, *weights: Tensor) -> tuple[Tensor, ...]:
-        ctx.axis, ctx.sequence = axis, sequence
-        ctx.save_for_backward(x, *weights)
-        whole = start_all_gather(x, axis)() if sequence else x
-        return tuple(F.linear(whole, weight) for weight in weights)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, *weights = ctx.saved_tensors
-        gathering = start_all_gather(x, ctx.axis) if ctx.sequence else lambda: x
-        gradient = grads[0] @ weights[0]
-        for grad, weight in zip(grads[1:], weights[1:], strict=True):
-            gradient = gradient + grad @ weight
-        reducing = (start_reduce_scatter if ctx.sequence else start_all_reduce)(gradient, ctx.axis)
-        whole = gathering()
-        seq_first = whole.stride(0) < whole.stride(SEQ)  # as a gathered one is: rows in that order need no copy
-        rows = in_rows(whole, seq_first)
-        of_weights = [in_rows(grad, seq_first).t() @ rows for grad in grads]
-        return reducing(), None, None, *of_weights
-
-
-def in_rows(x: Tensor, seq_first: bool) -> Tensor:
-    """(batch, seq, d) -> (batch · seq, d), or the same rows with positions outermost."""
-    return (x.transpose(0, SEQ) if seq_first else x).flatten(0, 1)
 
 
 def copy_to_axis(x: Tensor, axis: Axis) -> Tensor:
@@ -187,13 +152,6 @@ def leave(x: Tensor, axis: Axis, sequence: bool) -> Tensor:
     if axis.size == 1:
         return x
     return cast(Tensor, (_ReduceScatter if sequence else _Reduce).apply(x, axis))  # type: ignore[no-untyped-call]
-
-
-def column_products(x: Tensor, weights: tuple[Tensor, ...], axis: Axis, sequence: bool) -> tuple[Tensor, ...]:
-    """``x Wᵀ`` for every weight, entering the sharded region once: (batch, seq, d_in) -> (batch, seq, d_out / size)."""
-    if axis.size == 1:
-        return tuple(F.linear(x, weight) for weight in weights)
-    return cast("tuple[Tensor, ...]", _ColumnProducts.apply(x, axis, sequence, *weights))  # type: ignore[no-untyped-call]
 
 
 def exchange(x: Tensor, axis: Axis, cut: int, joined: int) -> Tensor:

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megamup.kernels.choice import Kernels
-from megamup.parallel.collectives import column_products, copy_to_axis, enter, leave
+from megamup.parallel.collectives import copy_to_axis, enter, leave
 from megamup.parallel.init import initial_shard, shard_bounds
 from megamup.parallel.mesh import Axis, Mesh
+from megamup.parallel.products import column_products, row_product
 from megamup.parameters import Parameter
 from megamup.scales import Scales
 
@@ -109,15 +110,19 @@ class RowParallelLinear(nn.Module):
 
     def __init__(self, context: Context, name: str) -> None:
         super().__init__()
-        self.name, self.mesh, self.linear = name, context.mesh, context.kernels.linear
+        self.name, self.mesh, self.kernels = name, context.mesh, context.kernels
         self.output_is_sharded = context.mesh.sequence
         self.weight = context.parameter(f"{name}.weight")
         self.bias = context.optional(f"{name}.bias")
         self.multiplier = context.table[f"{name}.weight"].multiplier
 
     def forward(self, x: Tensor) -> Tensor:
-        partial = scaled(self.linear(x, self.weight.to(x.dtype)), self.multiplier)
-        y = leave(partial, self.mesh.tensor, self.mesh.sequence)
+        weight, at = self.weight.to(x.dtype), self.mesh
+        if self.kernels.names["matmul"] == "torch":
+            y = row_product(x, weight, at.tensor, at.sequence)
+        else:
+            y = leave(self.kernels.linear(x, weight), at.tensor, at.sequence)
+        y = scaled(y, self.multiplier)
         return y if self.bias is None else y + on_stretch(self.bias, self.mesh).to(y.dtype)
 
 

@@ -6,7 +6,7 @@ Liger's kernel does; Hsu et al. 2024), in which it computes the gradients too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megamup.kernels import cross_entropy
-from megamup.parallel.collectives import all_reduce, enter
+from megamup.parallel.collectives import all_reduce, enter, start_all_reduce
 from megamup.parallel.layers import scaled
 from megamup.parallel.mesh import Axis, Mesh
 
@@ -60,6 +60,7 @@ class CrossEntropy(nn.Module):
     def __init__(self, backend: str) -> None:
         super().__init__()
         self.backend = backend
+        self.rows_of_logits: RowsOfLogits = losses_and_gradients
 
     def forward(self, unread: Unread, labels: Labels) -> Tensor:
         (targets, weights), axis = labels, unread.mesh.tensor
@@ -69,39 +70,24 @@ class CrossEntropy(nn.Module):
         targets, weights = targets.flatten(), weights.flatten() if weights.dim() else weights
         if self.backend == "liger":
             return cross_entropy.liger(hidden, unread.weight, targets, weights, unread.multiplier)
-        return fused(hidden, unread.weight, targets, weights, unread.multiplier, axis)
-
-
-def softmax_and_losses(logits: Tensor, targets: Tensor, axis: Axis) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Softmax and -log softmax[target] from three reductions over the axis: max, target's logit, sum of exponentials.
-
-    Args:
-        logits: (rows, vocab / tensor), fp32; overwritten.
-        targets: (rows,), global ids.
-
-    Returns:
-        This rank's part of the softmax (rows, vocab / tensor), losses in nats (rows,), each target's place in this
-        rank's part (rows,), and whether it lies elsewhere (rows,).
-    """
-    start = axis.rank * logits.shape[-1]
-    logits -= all_reduce(logits.amax(-1), axis, dist.ReduceOp.MAX)[..., None]
-    elsewhere = (targets < start) | (targets >= start + logits.shape[-1])
-    local = (targets - start).masked_fill(elsewhere, 0)
-    picked = logits.gather(-1, local[..., None])[..., 0].masked_fill(elsewhere, 0.0)
-    exponentials = logits.exp_()
-    total = exponentials.sum(-1)
-    picked, total = all_reduce(torch.stack((picked, total)), axis).unbind()
-    return exponentials.div_(total[..., None]), total.log() - picked, local, elsewhere
+        return fused(hidden, unread.weight, targets, weights, unread.multiplier, axis, self.rows_of_logits)
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
+    """-log softmax(logits)[target] from three reductions over the axis: max, target's logit, sum of exponentials."""
+
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, axis: Axis) -> Tensor:
-        fp32 = logits.float() if logits.dtype != torch.float32 else logits.clone()
-        softmax, losses, local, elsewhere = softmax_and_losses(fp32, targets, axis)
-        ctx.save_for_backward(softmax, local, elsewhere)
+        start = axis.rank * logits.shape[-1]
+        shifted = logits.float() - all_reduce(logits.amax(-1), axis, dist.ReduceOp.MAX)[..., None].float()
+        elsewhere = (targets < start) | (targets >= start + logits.shape[-1])
+        local = (targets - start).masked_fill(elsewhere, 0)
+        picked = shifted.gather(-1, local[..., None])[..., 0].masked_fill(elsewhere, 0.0)  # (batch, seq)
+        exponentials = shifted.exp_()
+        picked, total = all_reduce(torch.stack((picked, exponentials.sum(-1))), axis).unbind()
+        ctx.save_for_backward(exponentials.div_(total[..., None]), local, elsewhere)
         ctx.dtype = logits.dtype
-        return losses
+        return total.log() - picked
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -125,6 +111,42 @@ def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor, axis: Axis) ->
     return cast(Tensor, _VocabParallelCrossEntropy.apply(logits, targets, axis))  # type: ignore[no-untyped-call]
 
 
+RowsOfLogits = Callable[[Tensor, Tensor, Tensor, float, Axis], tuple[Tensor, Tensor]]
+
+
+def losses_and_gradients(
+    logits: Tensor, targets: Tensor, weights: Tensor, multiplier: float, axis: Axis
+) -> tuple[Tensor, Tensor]:
+    """Losses, and gradients of their weighted sum by the products that ``multiplier`` makes logits of.
+
+    Args:
+        logits: (rows, vocab / tensor), before the multiplier; overwritten where they are fp32.
+        targets: (rows,), global ids.
+        weights: (rows,) or one number.
+
+    Returns:
+        (rows,), and (rows, vocab / tensor) of the logits' type.
+    """
+    x = logits.float()
+    if multiplier != 1.0:
+        x = x.mul_(multiplier)
+    local = targets - axis.rank * x.shape[-1]
+    here = (local >= 0) & (local < x.shape[-1])
+    local = local.clamp(0, x.shape[-1] - 1)[:, None]
+    highest = reduced(x.amax(-1), axis, "max")
+    picked = (x.gather(-1, local)[:, 0] - highest) * here
+    exponentials = x.sub_(highest[:, None]).exp_()
+    picked, total = reduced(torch.stack((picked, exponentials.sum(-1))), axis, "sum").unbind()
+    scale = multiplier * weights
+    gradient = exponentials.mul_((scale / total)[:, None])
+    gradient.scatter_add_(-1, local, -(here * scale)[:, None])
+    return total.log() - picked, gradient.to(logits.dtype)
+
+
+def reduced(x: Tensor, axis: Axis, op: str) -> Tensor:
+    return x if axis.size == 1 else start_all_reduce(x, axis.name, axis.size, op)()
+
+
 class _Fused(torch.autograd.Function):
     """Gradients come with the loss, so that no row's logits are computed twice or kept; backward only scales them."""
 
@@ -137,6 +159,7 @@ class _Fused(torch.autograd.Function):
         weights: Tensor,
         multiplier: float,
         axis: Axis,
+        rows_of_logits: RowsOfLogits,
         wanted: bool,
     ) -> Tensor:
         of_hidden = torch.empty_like(hidden) if wanted else None
@@ -146,20 +169,17 @@ class _Fused(torch.autograd.Function):
         step = max(1, LOGITS_AT_A_TIME // weight.shape[0])
         for start in range(0, len(hidden), step):
             rows = slice(start, start + step)
-            logits = (hidden[rows] @ matrix.t()).float().mul_(multiplier)  # (rows, vocab / tensor)
-            gradient, losses, local, elsewhere = softmax_and_losses(logits, targets[rows], axis)
+            logits = hidden[rows] @ matrix.t()  # (rows, vocab / tensor)
             at = weights[rows] if weights.dim() else weights
+            losses, gradient = rows_of_logits(logits, targets[rows], at, multiplier, axis)
             total += (losses * at).sum()
-            if of_hidden is None or of_weight is None:
-                continue
-            gradient.scatter_add_(-1, local[:, None], -(~elsewhere).to(gradient.dtype)[:, None])
-            gradient *= (multiplier * at)[..., None]
-            gradient = gradient.to(hidden.dtype)
-            torch.mm(gradient, matrix, out=of_hidden[rows])
-            if hidden.dtype == torch.float32:
-                of_weight.addmm_(gradient.t(), hidden[rows])
-            else:  # summed over the pieces in fp32
-                of_weight += gradient.t() @ hidden[rows]
+            if of_hidden is not None and of_weight is not None:
+                torch.mm(gradient, matrix, out=of_hidden[rows])
+                if hidden.dtype == torch.float32:
+                    of_weight.addmm_(gradient.t(), hidden[rows])
+                else:  # summed over the pieces in fp32
+                    of_weight += gradient.t() @ hidden[rows]
+            del logits, gradient  # before the next rows' exist
         ctx.dtype = weight.dtype
         ctx.save_for_backward(of_hidden, of_weight)
         return total
@@ -168,10 +188,18 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         of_hidden, of_weight = ctx.saved_tensors
         of_weight = of_weight.mul_(grads[0]).to(ctx.dtype)
-        return of_hidden.mul_(grads[0]), of_weight, None, None, None, None, None
+        return of_hidden.mul_(grads[0]), of_weight, None, None, None, None, None, None
 
 
-def fused(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, multiplier: float, axis: Axis) -> Tensor:
+def fused(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    multiplier: float,
+    axis: Axis,
+    rows_of_logits: RowsOfLogits = losses_and_gradients,
+) -> Tensor:
     """Sum of ``weights`` x losses, without the logits: differentiable once.
 
     Args:
@@ -181,11 +209,12 @@ def fused(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, mult
         weights: (tokens,) or one number, fp32.
         multiplier: on the logits.
         axis: the tensor axis.
+        rows_of_logits: `losses_and_gradients`, or what torch.compile made of it.
 
     Returns:
         One number in nats, fp32, the same on every rank of the axis.
     """
     # Asked here: in a Function's forward gradients are always off, and `needs_input_grad` is of the inputs alone.
     wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    loss: Any = _Fused.apply(hidden, weight, targets, weights, multiplier, axis, wanted)  # type: ignore[no-untyped-call]
-    return cast(Tensor, loss)
+    arguments = (hidden, weight, targets, weights, multiplier, axis, rows_of_logits, wanted)
+    return cast(Tensor, _Fused.apply(*arguments))  # type: ignore[no-untyped-call]

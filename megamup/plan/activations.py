@@ -128,7 +128,6 @@ class BlockTape:
         """`column_parallel`: x Wᵀ for every weight, whose rows over all ranks are ``widths``."""
         at, model = self.at, self.model
         gathered = at.whole if at.split else 0
-        rows_again = gathered if at.sequences > 1 else 0  # a gathered batch isn't in rows: the product copies it
         reduced = at.whole if at.tensor > 1 else 0
         for name, width in widths.items():
             size = width // at.tensor * model.d_model
@@ -138,7 +137,7 @@ class BlockTape:
                 size=at.tokens * (width // at.tensor) * self.each,
                 saves=(x,),
                 copies=2 * size if at.casts else 0,
-                scratch=gathered + rows_again,
+                scratch=gathered,
                 backward_scratch=gathered + reduced + (2 * size if at.casts else 0),
                 weight=size * at.weight_bytes,
                 dear=True,
@@ -153,21 +152,20 @@ class BlockTape:
         """`RowParallelLinear`: the ranks' products summed, or each stretch's sum on its rank."""
         at = self.at
         size = width // at.tensor * self.model.d_model
+        partial = at.whole if at.tensor > 1 else 0
+        in_rows = at.tokens * (width // at.tensor) * self.each if at.split and at.sequences > 1 else 0
         y = self.add(
             x,
             to=name,
-            size=at.whole,
+            size=at.stream,
             saves=(x,),
             holds=holds,
             copies=2 * size if at.casts else 0,
-            backward_scratch=2 * size if at.casts else 0,
+            scratch=partial + in_rows,
+            backward_scratch=(at.whole if at.split else 0) + in_rows + (2 * size if at.casts else 0),
             weight=size * at.weight_bytes,
             dear=True,
         )
-        if at.tensor > 1:
-            split = at.split
-            copy = at.whole if split and at.sequences > 1 else 0
-            y = self.add(y, to=f"{name} summed", size=at.stream, passes=not split, holds=holds, scratch=copy, dear=True)
         return self.biased(y, at.stream, holds)
 
     def attention(self, x: str) -> str:

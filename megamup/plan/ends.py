@@ -80,8 +80,7 @@ def logits_at_a_time(at: Setting, rows: int) -> int:
         piece = -(-at.tokens // -(-rows // at.model.d_model))
         return (1 << (piece - 1).bit_length()) * rows * at.bytes_each
     at_a_time = min(at.tokens, max(1, LOGITS_AT_A_TIME // rows))
-    pieces = 1 if at_a_time == at.tokens else 2  # the next one's are computed before the last one's go
-    return pieces * at_a_time * rows * (4 + (2 if at.bytes_each < 4 else 0))
+    return at_a_time * rows * (4 + (2 if at.bytes_each < 4 else 0))
 
 
 def fused(at: Setting, norm_kept: int, norm_backward: int, copied: int, gradient: int, summed: bool) -> End:

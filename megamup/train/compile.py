@@ -19,22 +19,25 @@ from torch._dynamo.utils import counters, get_compilation_metrics
 from megamup.config import Config
 from megamup.data.cache import default_folder
 from megamup.models.blocks import Block
+from megamup.parallel.loss import CrossEntropy
 
 VARIANTS = 8
 """Graphs that blocks may differ in beyond one a layer: evaluation has no gradients, and a last batch may be smaller."""
 
 
 def compile_blocks(module: nn.Module, config: Config) -> None:
-    """Compile the forward of every block in place; its name, parameters and hooks stay.
+    """Compile the forward of every block in place, and what the loss does with logits; names, parameters and hooks stay.
 
     ``fullgraph``: a block that can't be one graph is an error, not a slower run.
     """
     keep_in(cache_folder(config))
     # u-μP's residual factors, and recomputing every k-th block, make layers differ.
     torch._dynamo.config.recompile_limit = config.model.n_layers + VARIANTS
-    for block in module.modules():
-        if isinstance(block, Block):
-            block.forward = torch.compile(block.forward, dynamic=False, fullgraph=True)  # type: ignore[method-assign]
+    for part in module.modules():
+        if isinstance(part, Block):
+            part.forward = torch.compile(part.forward, dynamic=False, fullgraph=True)  # type: ignore[method-assign]
+        elif isinstance(part, CrossEntropy):
+            part.rows_of_logits = torch.compile(part.rows_of_logits, dynamic=False, fullgraph=True)
 
 
 def keep_in(folder: Path) -> None:

@@ -198,7 +198,7 @@ def start(config: Config, world_size: int, resumed: tuple[int, Path] | None) -> 
             print(f"resuming from {resumed[1]}", flush=True)
         print("\n".join(data.summary(config.train.steps * config.batch.global_sequences)), flush=True)
         print(run_folder.step_line(step_work), flush=True)
-    recorder = Recorder(config, peak["peak_flops"], step, first, device, outlook(config) if first else None)
+    recorder = Recorder(config, peak["peak_flops"], step, first, device, outlook(config) if first else None, mesh)
     monitor = Monitor(config, mesh, engine, device)
     profiler = Profiler(config, mesh, engine, recorder, step)
     return Training(config, mesh, device, engine, data, train_data, valid_data, recorder, monitor, profiler)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from megamup.config import Config
 from megamup.errors import OneRankError
 from megamup.flops import flops_per_token, known_peak, mfu_percent
+from megamup.parallel.mesh import SINGLE, Mesh
 from megamup.train.compile import Compiled
 from megamup.train.copies import Copies
 from megamup.train.outlook import Outlook
@@ -73,12 +74,13 @@ class Recorder:
         writes: bool,
         device: torch.device,
         outlook: Outlook | None = None,
+        mesh: Mesh = SINGLE,
     ) -> None:
-        self.outlook = outlook
+        self.outlook, self.mesh = outlook, mesh
         self.config, self.peak, self.writes, self.device = config, peak, writes, device
         self.last_step, self.last_time = start_step, time.perf_counter()
         self.paused: dict[str, float] = {}
-        self.compiled = Compiled.now()
+        self.compiled_s = self.compiling()
         self.step_flops = config.batch_tokens * flops_per_token(
             config.model, config.seq_len, config.train.flops_convention
         )
@@ -125,14 +127,22 @@ class Recorder:
 
     def leave_compiling_out(self) -> None:
         """Time that went into compiling isn't the training steps': ``compile_s`` of the next record has it."""
-        now = Compiled.now()
-        seconds = now.seconds - self.compiled.seconds
-        if self.config.kernels.compile and seconds > 0:
-            self.last_time += seconds
-            self.paused["compile"] = seconds
+        before, self.compiled_s = self.compiled_s, self.compiling()
+        if self.compiled_s > before:
+            self.last_time += self.compiled_s - before
+            self.paused["compile"] = self.compiled_s - before
             if self.writes:
-                self.say(str(now))
-        self.compiled = now
+                self.say(str(Compiled.now()))
+
+    def compiling(self) -> float:
+        """Seconds that went into compiling so far. Collective under a pipeline, whose stages wait for each other's."""
+        stages = self.mesh.pipeline
+        if not self.config.kernels.compile or stages.group is None:
+            return Compiled.now().seconds if self.config.kernels.compile else 0.0
+        seconds = torch.zeros(stages.size, dtype=torch.float64, device=self.device)
+        seconds[stages.rank] = Compiled.now().seconds
+        dist.all_reduce(seconds, dist.ReduceOp.MAX)
+        return float(seconds.sum())
 
     def end(self, verdict: str | None) -> None:
         """Say how the forecast came out."""
@@ -188,11 +198,10 @@ class Pause:
         self.recorder, self.cause = recorder, cause
 
     def __enter__(self) -> None:
-        self.start, self.compiled = time.perf_counter(), Compiled.now()
+        self.start, self.compiled_s = time.perf_counter(), self.recorder.compiling()
 
     def __exit__(self, *_: object) -> None:
-        seconds = time.perf_counter() - self.start
-        if self.recorder.config.kernels.compile:  # an evaluation's graph: `leave_compiling_out` has its seconds
-            seconds -= Compiled.now().seconds - self.compiled.seconds
+        # An evaluation's graph is compiled too: `leave_compiling_out` has those seconds.
+        seconds = time.perf_counter() - self.start - (self.recorder.compiling() - self.compiled_s)
         self.recorder.last_time += seconds
         self.recorder.paused[self.cause] = self.recorder.paused.get(self.cause, 0.0) + seconds

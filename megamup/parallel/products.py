@@ -55,8 +55,9 @@ def rows(x: Tensor, sequence: bool) -> Tensor:
 
 
 def unrows(x: Tensor, like: Tensor, seq: int, sequence: bool) -> Tensor:
-    """What `rows` undoes: (tokens, d) -> (batch, seq, d), with the batch of ``like``."""
-    return x.unflatten(0, (seq, -1)).transpose(0, SEQ) if sequence else x.unflatten(0, (like.shape[0], seq))
+    """Undoes `rows`: (tokens, d) -> (batch, seq, d), with the batch of ``like``."""
+    batch = like.shape[0]
+    return x.view(seq, batch, -1).transpose(0, SEQ) if sequence else x.view(batch, seq, -1)
 
 
 # ------------------------------------------------------------------- column
@@ -102,9 +103,7 @@ column_gradients_operator = torch.library.custom_op("megamup::column_gradients",
 
 
 @column_gradients_operator.register_fake
-def _(
-    grads: list[Tensor], x: Tensor, weights: list[Tensor], group: str, size: int, sequence: bool
-) -> list[Tensor]:
+def _(grads: list[Tensor], x: Tensor, weights: list[Tensor], group: str, size: int, sequence: bool) -> list[Tensor]:
     return [x.new_empty(x.shape), *(weight.new_empty(weight.shape) for weight in weights)]
 
 

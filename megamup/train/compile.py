@@ -26,7 +26,7 @@ VARIANTS = 8
 
 
 def compile_blocks(module: nn.Module, config: Config) -> None:
-    """Compile the forward of every block in place, and what the loss does with logits; names, parameters and hooks stay.
+    """Compile every block's forward in place, and what the loss does with logits; names, parameters and hooks stay.
 
     ``fullgraph``: a block that can't be one graph is an error, not a slower run.
     """

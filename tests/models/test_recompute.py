@@ -72,8 +72,12 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        collective = func.namespace == "_c10d_functional" and name != "wait_tensor"
-        self.counts["collectives" if collective else KINDS.get(name, "others")] += 1
+        kind = KINDS.get(name, "others")
+        if func.namespace == "_c10d_functional" and name != "wait_tensor":
+            kind = "collectives"
+        elif func.namespace == "megamup":  # products with their collective
+            kind = "gradients of products" if name.endswith("gradients") else "sent products"
+        self.counts[kind] += 1
         given = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in given:
@@ -213,21 +217,37 @@ def test_full_repeats_each_once(arch: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("parallel", "forward"),
-    [({"tensor": 2}, 2), ({"tensor": 2, "sequence": True}, 4), ({"context": 2}, 4)],
+    ("parallel", "kind"),
+    [
+        ({"tensor": 2}, "sent products"),
+        ({"tensor": 2, "sequence": True}, "sent products"),
+        ({"context": 2}, "collectives"),
+    ],
     ids=["tensor", "sequence", "context"],
 )
-def test_selective_repeats_no_collective(parallel: dict[str, Any], forward: int) -> None:
-    """``full`` repeats a block's of the forward pass, but for the last, of the down projection."""
+def test_selective_repeats_no_collective(parallel: dict[str, Any], kind: str) -> None:
+    """``full`` repeats a block's four of the forward pass."""
     none, selective, full = (
         run_ranks(outcome, 2, config_of("llama", s, **parallel)) for s in ("none", "selective", "full")
     )
-    last = 1 if "tensor" in parallel else 0
     for kept, some, again in zip(none, selective, full, strict=True):
-        assert kept.forward["collectives"] >= forward * LAYERS
+        assert kept.forward[kind] == 4 * LAYERS
+        assert some.backward[kind] == kept.backward[kind]
         assert some.backward["collectives"] == kept.backward["collectives"]
         assert some.backward["products"] == kept.backward["products"]
-        assert again.backward["collectives"] == kept.backward["collectives"] + (forward - last) * LAYERS
+        assert again.backward[kind] == kept.backward[kind] + 4 * LAYERS
         for name, gradient in kept.gradients.items():
             assert torch.equal(some.gradients[name], gradient), name
             assert torch.equal(again.gradients[name], gradient), name
+
+
+@pytest.mark.parametrize("arch", MODELS)
+def test_selective_keeps_less_than_none_where_tensor_ranks_share_the_sequence(arch: str) -> None:
+    """No gathered input and no partial sums of the whole: what a block keeps falls with the ranks."""
+
+    def of_a_block(setting: str, tensor: int) -> int:
+        config = [config_of(arch, setting, layers=n, tensor=tensor, sequence=True) for n in (4, 2)]
+        four, two = (run_ranks(outcome, tensor, c)[0].kept for c in config)
+        return (four - two) // 2
+
+    assert of_a_block("full", 2) < of_a_block("selective", 2) < of_a_block("none", 2)

@@ -19,8 +19,9 @@ from megamup.kernels.attention import CAUSAL
 from megamup.models.blocks import Attention
 from megamup.models.decoder import context
 from megamup.mup import block_scales
-from megamup.parallel.collectives import SEQ, column_products, copy_to_axis, enter, exchange, leave
+from megamup.parallel.collectives import SEQ, copy_to_axis, enter, exchange, leave
 from megamup.parallel.mesh import Axis, build_mesh
+from megamup.parallel.products import column_gradients, column_products, row_product
 from megamup.sections import Parallel
 from megamup.train import distributed
 from megamup.train.fork import run_ranks
@@ -275,6 +276,39 @@ def test_column_products_are_linears(size: int) -> None:
                 torch.testing.assert_close(mine, right.detach(), rtol=1e-10, atol=1e-10)
 
 
+def all_rows(size: int) -> dict[tuple[bool, int, str], list[Tensor]]:
+    axis = tensor_axis(size)
+    return {(sequence, *case): one_ranks_row(axis, sequence, *case) for sequence in (False, True) for case in PRODUCTS}
+
+
+def whole_row(batch: int, strides: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Input, weight and the output's gradient, whole."""
+    return STRIDES[strides](10, batch, LONG, 8), draw(20, D_IN, 8), STRIDES[strides](30, batch, LONG, D_IN)
+
+
+def one_ranks_row(axis: Axis, sequence: bool, batch: int, strides: str) -> list[Tensor]:
+    """The output (or its stretch), and gradients of this rank's parts of input and weight."""
+    x, weight, grad = whole_row(batch, strides)
+    mine = [part(y, axis.rank, axis.size, -1).requires_grad_() for y in (x, weight)]
+    y = row_product(mine[0], mine[1], axis, sequence)
+    of = torch.autograd.grad(y, mine, part(grad, axis.rank, axis.size, SEQ) if sequence else grad)
+    return [z.detach() for z in (y, *of)]
+
+
+@pytest.mark.parametrize("size", RANKS)
+def test_row_product_is_a_linear(size: int) -> None:
+    ranks = run_ranks(all_rows, size, size)
+    for batch, strides in PRODUCTS:
+        x, weight, grad = whole_row(batch, strides)
+        leaves = [y.requires_grad_() for y in (x, weight)]
+        y = F.linear(x, weight)
+        of = torch.autograd.grad(y, leaves, grad)
+        for rank, sequence in product(range(size), (False, True)):
+            expected = [part(y, rank, size, SEQ) if sequence else y, *(part(g, rank, size, -1) for g in of)]
+            for mine, right in zip(ranks[rank][sequence, batch, strides], expected, strict=True):
+                torch.testing.assert_close(mine, right.detach(), rtol=1e-10, atol=1e-10)
+
+
 # --------------------------------------------------------------------------- what runs behind what
 
 
@@ -294,7 +328,7 @@ class Events(TorchDispatchMode):
             self.names.append(name)
         elif name == "wait_tensor":
             self.names.append("wait for " + self.started[args[0].untyped_storage().data_ptr()])
-        elif name in ("mm", "bmm"):
+        elif name in ("mm", "bmm", "addmm_"):
             self.names.append(f"product {tuple(result.shape)}")
         return result
 
@@ -304,11 +338,10 @@ def backward_events(sequence: bool) -> list[list[str]]:
     seq = LONG // 2 if sequence else LONG
     found = []
     for batch in BATCHES:
-        x = draw(0, batch, seq, D_IN).requires_grad_()
-        weights = tuple(draw(at, rows, D_IN).requires_grad_() for at, rows in enumerate((5, 7)))
-        total = torch.stack([y.sum() for y in column_products(x, weights, axis, sequence)]).sum()
+        x, weights = draw(0, batch, seq, D_IN), [draw(at, rows, D_IN) for at, rows in enumerate((5, 7))]
+        grads = [draw(at, batch, LONG, rows) for at, rows in enumerate((5, 7))]
         with Events() as events:
-            total.backward()
+            column_gradients(grads, x, weights, axis.name, axis.size, sequence)
         found.append(events.names)
     return found
 

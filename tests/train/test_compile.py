@@ -100,17 +100,18 @@ def test_compiled_blocks_train_the_same_model(runs: dict[str, Outcome], name: st
 
 
 def test_four_layers_are_one_graph(runs: dict[str, Outcome]) -> None:
-    """Of training; the evaluation after the last step, without gradients, is another."""
-    assert [compiled.graphs for compiled in runs["first"].compiled] == [1, 1, 2]
-    for name in ("second", "sequence", "pipeline"):
-        assert [compiled.graphs for compiled in runs[name].compiled] == [1, 1, 1], name
+    """Beside the loss's, on the last stage; the evaluation after the last step, without gradients and with padding, has
+    others."""
+    assert [compiled.graphs for compiled in runs["first"].compiled] == [2, 2, 4]
+    for name, graphs in (("second", 2), ("sequence", 2), ("pipeline", 1)):
+        assert [compiled.graphs for compiled in runs[name].compiled] == [graphs] * 3, name
 
 
 def test_the_next_process_reads_it_from_disk(runs: dict[str, Outcome]) -> None:
-    """Forward and backward; and a pipeline's stages, whose blocks are the same. Nothing is compiled twice by a run."""
+    """Forward and backward, and the loss; and a pipeline's stages, whose blocks are the same. Nothing is compiled twice."""
     cached = {name: [compiled.cached for compiled in found.compiled] for name, found in runs.items()}
     assert cached["first"] == [0, 0, 0]
-    assert cached["second"] == cached["pipeline"] == [2, 2, 2]
+    assert (cached["second"], cached["pipeline"]) == ([3, 3, 3], [2, 2, 2])
     assert runs["second"].compiled[0].seconds < runs["first"].compiled[0].seconds
 
 

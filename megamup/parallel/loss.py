@@ -20,8 +20,9 @@ from megamup.parallel.collectives import all_reduce, enter, start_all_reduce
 from megamup.parallel.layers import scaled
 from megamup.parallel.mesh import Axis, Mesh
 
-LOGITS_AT_A_TIME = 2**25
-"""Logits of `fused` that exist at a time: 128 MiB in fp32."""
+LOGITS_AT_A_TIME = {"cpu": 2**21, "cuda": 2**25}
+"""Logits of `fused` that exist at a time, by device: 8 MiB in fp32, which a processor's caches hold (larger pieces cost it
+a third more, most of it page faults), or 128 MiB, which fill a GPU."""
 
 Labels = tuple[Tensor, Tensor]
 """Targets (batch, seq), int64; and the weights of their losses (batch, seq), or one number."""
@@ -166,7 +167,7 @@ class _Fused(torch.autograd.Function):
         of_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted else None
         matrix = weight.to(hidden.dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        step = max(1, LOGITS_AT_A_TIME // weight.shape[0])
+        step = max(1, LOGITS_AT_A_TIME[hidden.device.type] // weight.shape[0])
         for start in range(0, len(hidden), step):
             rows = slice(start, start + step)
             logits = hidden[rows] @ matrix.t()  # (rows, vocab / tensor)

@@ -8,7 +8,7 @@ from functools import lru_cache
 from megamup.plan.activations import Setting, add_norm
 from megamup.plan.tape import Tape
 
-LOGITS_AT_A_TIME = 2**25
+LOGITS_AT_A_TIME = {"cpu": 2**21, "cuda": 2**25}
 """Of the fused cross-entropy (``megamup.parallel.loss``)."""
 
 
@@ -79,7 +79,7 @@ def logits_at_a_time(at: Setting, rows: int) -> int:
     if at.backends["cross_entropy"] == "liger":  # in as many pieces as the vocabulary is wider than the model, in place
         piece = -(-at.tokens // -(-rows // at.model.d_model))
         return (1 << (piece - 1).bit_length()) * rows * at.bytes_each
-    at_a_time = min(at.tokens, max(1, LOGITS_AT_A_TIME // rows))
+    at_a_time = min(at.tokens, max(1, LOGITS_AT_A_TIME[at.device] // rows))
     return at_a_time * rows * (4 + (2 if at.bytes_each < 4 else 0))
 
 

@@ -91,7 +91,8 @@ def all_cases(size: int) -> dict[tuple[str, str], list[Tensor]]:
     axis, results = build_mesh(Parallel(tensor=size)).tensor, {}
     at_a_time = loss.LOGITS_AT_A_TIME
     for name, case in CASES.items():
-        loss.LOGITS_AT_A_TIME = at_a_time if case.logits is None else max(1, case.logits // size)  # of this process
+        pieces = at_a_time if case.logits is None else {"cpu": max(1, case.logits // size)}
+        loss.LOGITS_AT_A_TIME = pieces  # of this process
         for backend in ("fused", "reference"):
             results[name, backend] = found(case, backend, axis)
     return results
@@ -118,7 +119,7 @@ def test_the_pieces_say_nothing_about_the_result(monkeypatch: pytest.MonkeyPatch
     expected = in_float64(case)[2]
     distances = []
     for logits in (BATCH * SEQ * VOCAB, 4 * VOCAB):
-        monkeypatch.setattr(loss, "LOGITS_AT_A_TIME", logits)
+        monkeypatch.setattr(loss, "LOGITS_AT_A_TIME", {"cpu": logits})
         distances.append(float((found(case, "fused", SINGLE.tensor)[2] - expected).square().mean().sqrt()))
     assert distances[1] < 1.2 * distances[0]
 
@@ -181,7 +182,7 @@ def largest(size: int, backend: str) -> tuple[int, int]:
 @pytest.mark.parametrize("size", [1, 2])
 def test_the_logits_never_exist(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     """Nothing is larger than the logits at a time, or than the weight; the plain loss makes them whole."""
-    monkeypatch.setattr(loss, "LOGITS_AT_A_TIME", AT_A_TIME)
+    monkeypatch.setattr(loss, "LOGITS_AT_A_TIME", {"cpu": AT_A_TIME})
     for nbytes, logits in run_ranks(largest, size, size, "fused"):
         assert nbytes <= 4 * max(AT_A_TIME, MANY // size * NARROW) < logits / 10
     for nbytes, logits in run_ranks(largest, size, size, "reference"):
@@ -191,7 +192,7 @@ def test_the_logits_never_exist(monkeypatch: pytest.MonkeyPatch, size: int) -> N
 @pytest.mark.parametrize("gradients", [False, True])
 def test_an_evaluation_computes_no_gradient(monkeypatch: pytest.MonkeyPatch, gradients: bool) -> None:
     """Without gradients nothing of the size of the weight is made, and the loss is the same."""
-    monkeypatch.setattr(loss, "LOGITS_AT_A_TIME", 64)
+    monkeypatch.setattr(loss, "LOGITS_AT_A_TIME", {"cpu": 64})
     hidden, weight = draw(1, 1, 8, 64).requires_grad_(), draw(2, 512, 64).requires_grad_()
     unread, labels = Unread(hidden, weight, 1.0, SINGLE), (torch.arange(8)[None], torch.tensor(1.0))
     with torch.set_grad_enabled(gradients), Largest() as seen:

@@ -124,8 +124,8 @@ def test_fused_cross_entropy_removes_the_logits(
 ) -> None:
     """In small: at most 2^14 logits at a time of 2^21. The figure for a vocabulary of 128k: ./dev bench memory."""
     assert ends.LOGITS_AT_A_TIME == loss.LOGITS_AT_A_TIME
-    monkeypatch.setattr(ends, "LOGITS_AT_A_TIME", 2**14)
-    monkeypatch.setattr(loss, "LOGITS_AT_A_TIME", 2**14)
+    monkeypatch.setattr(ends, "LOGITS_AT_A_TIME", {"cpu": 2**14})
+    monkeypatch.setattr(loss, "LOGITS_AT_A_TIME", {"cpu": 2**14})
     size = ("model.vocab_size=4096", "model.d_model=64", "model.n_layers=1", "batch.micro_sequences=8")
     peaks = {}
     for backend in ("reference", "fused"):

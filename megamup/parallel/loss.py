@@ -21,8 +21,8 @@ from megamup.parallel.layers import scaled
 from megamup.parallel.mesh import Axis, Mesh
 
 LOGITS_AT_A_TIME = {"cpu": 2**21, "cuda": 2**25}
-"""Logits of `fused` that exist at a time, by device: 8 MiB in fp32, which a processor's caches hold (larger pieces cost it
-a third more, most of it page faults), or 128 MiB, which fill a GPU."""
+"""Logits of `fused` that exist at a time, by device: 8 MiB in fp32, which a processor's caches hold (larger pieces cost
+it a third more, most of it page faults), or 128 MiB, which fill a GPU."""
 
 Labels = tuple[Tensor, Tensor]
 """Targets (batch, seq), int64; and the weights of their losses (batch, seq), or one number."""

@@ -23,7 +23,7 @@ RUNNING_SHARE = 0.86
 """Of the rates that products, attention and streaming reach alone, what they reach within a training step, where clocks
 fall under the power limit and kernels wait for each other and the host: the geometric mean over MosaicML's runs of MPT
 (llm-foundry, scripts/train/benchmarking) on 8 A100 with 3B parameters or more and at most 2048 positions, ten from 0.77
-to 0.95. tests/plan/test_plan_published.py computes it; none of the runs that the model is held to there went into it."""
+to 0.95. tests/plan/test_plan_published.py computes it; none of the runs that the model is held to there went in."""
 LINK_SHARE = 0.8
 """Of a link's bandwidth that NCCL's large all-reduces reach (nccl-tests on 8 A100: 235 of 300 GB/s)."""
 HOP_SECONDS = 5e-6

@@ -19,8 +19,8 @@ LOGIT_BYTES = 60
 LIGER_LOGIT_BYTES = 6
 """The same by Liger's kernel (Hsu et al. 2024): read for the maximum and sum, read and written for the gradient."""
 FUSED_LOGITS = 2**25
-"""Logits that ``fused`` has at a time (LOGITS_AT_A_TIME there, of a GPU); Liger's has as many rows as take d_model each of them.
-Every such piece adds to the weight's gradient."""
+"""Logits that ``fused`` has at a time (LOGITS_AT_A_TIME there, of a GPU); Liger's has as many rows as take d_model each
+of them. Every such piece adds to the weight's gradient."""
 
 
 class Seconds(NamedTuple):

@@ -108,7 +108,7 @@ def test_four_layers_are_one_graph(runs: dict[str, Outcome]) -> None:
 
 
 def test_the_next_process_reads_it_from_disk(runs: dict[str, Outcome]) -> None:
-    """Forward and backward, and the loss; and a pipeline's stages, whose blocks are the same. Nothing is compiled twice."""
+    """Forward, backward and loss; and a pipeline's stages, whose blocks are the same. Nothing is compiled twice."""
     cached = {name: [compiled.cached for compiled in found.compiled] for name, found in runs.items()}
     assert cached["first"] == [0, 0, 0]
     assert (cached["second"], cached["pipeline"]) == ([3, 3, 3], [2, 2, 2])

@@ -42,6 +42,8 @@ class Layout:
     """Weights are kept in fp32 and cast to bf16 in every forward pass."""
     overlap_tensor: bool = True
     """The tensor axis's backward traffic of column-parallel layers runs behind products (parallel/collectives.py)."""
+    scatters_gradients: bool = False
+    """ZeRO 1 and 2 reduce a gradient to the rank that steps it alone; DeepSpeed 0.19.8 reduces it on all."""
     overlap_pipeline: bool = False
     """Activations travel between stages while these compute."""
     virtual_stages: int = 1
@@ -104,7 +106,7 @@ def layout_of(config: Config, world_size: int, device: Device = "cuda") -> Layou
         fp8=config.kernels.matmul == "fp8",
         fused_attention=kernels["attention"] != "reference",
         loss=kernels["cross_entropy"],
-        overlap_data=parallel.pipeline == 1 and overlaps(zero, stage),
+        overlap_data=parallel.pipeline == 1 and overlaps(zero, stage, mixed),
         gradient_bytes=2 if mixed and stage > 0 else 4,
         casts_weights=mixed and stage == 0,
         overlap_tensor=config.kernels.matmul == "torch",
@@ -116,7 +118,9 @@ def zero_section(config: Config) -> dict[str, Any]:
     return section if isinstance(section, dict) else {}
 
 
-def overlaps(zero: dict[str, Any], stage: int) -> bool:
-    """DeepSpeed's ``overlap_comm``: by default with ZeRO 3 only. ZeRO 0 reduces after the backward pass."""
+def overlaps(zero: dict[str, Any], stage: int, mixed: bool) -> bool:
+    """Whether gradients are reduced during the backward pass: at ZeRO 0 by ours (megamup/train/overlap.py), else by
+    DeepSpeed's ``overlap_comm``, by default at ZeRO 3 only, and in bf16 not at ZeRO 1."""
     asked = zero.get("overlap_comm")
-    return stage > 0 and (stage == 3 if asked is None else bool(asked))
+    wanted = stage == 3 if asked is None else bool(asked)
+    return stage == 0 or (wanted and not (stage == 1 and mixed))

@@ -187,8 +187,9 @@ class Step:
     def data_network(self, held: int) -> float:
         """Seconds that the data axis's traffic shows (Rajbhandari et al. 2020, section 7).
 
-        ZeRO 0: an all-reduce of the gradients. 1: a reduce-scatter of them and an all-gather of the weights. 2: the
-        reduce-scatter for every micro batch. 3: besides, the weights gathered for every forward and backward pass.
+        ZeRO 0: an all-reduce of the gradients. 1: that too (DeepSpeed 0.19.8 has no reduce-scatter there) and an
+        all-gather of the weights. 2: the all-reduce for every micro batch. 3: a reduce-scatter for each, and the
+        weights gathered for every forward and backward pass.
         """
         layout = self.layout
         if layout.replicas == 1:
@@ -196,13 +197,14 @@ class Step:
         forward = max(stage.forward.total for stage in self.stages)
         backward = max(stage.backward.total for stage in self.stages)
         gradients = self.over_replicas(held * layout.gradient_bytes)
+        reduced = gradients if layout.scatters_gradients else 2 * gradients
         weights = self.over_replicas(held * layout.element)
         if layout.zero == 0:
             return self.shown(2 * gradients, backward)
         if layout.zero == 1:
-            return self.shown(gradients, backward) + weights
+            return self.shown(reduced, backward) + weights
         if layout.zero == 2:
-            return layout.micro_batches * self.shown(gradients, backward) + weights
+            return layout.micro_batches * self.shown(reduced, backward) + weights
         return layout.micro_batches * (self.shown(weights, forward) + self.shown(weights + gradients, backward))
 
     def over_replicas(self, size: float) -> float:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch._dynamo.utils import counters, get_compilation_metrics
+from torch._dynamo.utils import counters, get_compilation_metrics, set_compilation_metrics_limit
 
 from megamup.config import Config
 from megamup.data.cache import default_folder
@@ -31,8 +31,11 @@ def compile_blocks(module: nn.Module, config: Config) -> None:
     ``fullgraph``: a block that can't be one graph is an error, not a slower run.
     """
     keep_in(cache_folder(config))
-    # u-μP's residual factors, and recomputing every k-th block, make layers differ.
-    torch._dynamo.config.recompile_limit = config.model.n_layers + VARIANTS
+    # u-μP's residual factors, and recomputing every k-th block, make layers differ; evaluation has graphs of its own.
+    graphs = 4 * config.model.n_layers + VARIANTS
+    torch._dynamo.config.recompile_limit = graphs
+    torch._dynamo.config.accumulated_recompile_limit = max(256, graphs)
+    set_compilation_metrics_limit(2 * graphs)  # else torch forgets the seconds of all but the last 64
     for part in module.modules():
         if isinstance(part, Block):
             part.forward = torch.compile(part.forward, dynamic=False, fullgraph=True)  # type: ignore[method-assign]

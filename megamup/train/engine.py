@@ -21,14 +21,14 @@ from torch import Tensor
 
 from megamup.config import Config, micro_batches
 from megamup.data.loader import TensorBatch
-from megamup.deepspeed_file import load_deepspeed
+from megamup.deepspeed_file import load_deepspeed, offloads_optimizer
 from megamup.models.blocks import Block
 from megamup.models.decoder import Decoder, LayerSpec, context, decoder_layers
 from megamup.parallel.collectives import all_reduce
 from megamup.parallel.loss import CrossEntropy
 from megamup.parallel.mesh import Axis, Mesh, Mpu
 from megamup.train.compile import compile_blocks
-from megamup.train.optim import ClipByGlobalNorm, adamw, adamw_backend, parameter_groups, write_lr
+from megamup.train.optim import TORCH, ClipByGlobalNorm, adamw, adamw_backend, parameter_groups, write_lr
 from megamup.train.overlap import OverlappedReduction
 
 
@@ -223,6 +223,8 @@ def deepspeed_keys(config: Config, world_size: int) -> dict[str, Any]:
         # Between stages DeepSpeed would send each tensor rank's part of what it takes for replicas, and join them.
         "pipeline": dict.fromkeys(("pipe_partitioned", "grad_partitioned"), not config.parallel.sequence),
     }
+    if offloads_optimizer(keys) and adamw_backend(config, accelerator().type) == TORCH:
+        keys["zero_force_ds_cpu_optimizer"] = False  # else DeepSpeed refuses any optimizer but its own
     if config.parallel.pipeline > 1 and config.zero_stage > 0:
         keys["zero_optimization"] |= {"overlap_comm": False}  # DeepSpeed has none there, and warns on every rank
     if config.precision == "bf16" and config.zero_stage > 0:

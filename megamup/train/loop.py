@@ -17,6 +17,7 @@ from megamup.data.loader import BatchStream, TensorBatch
 from megamup.data.mixture import RunData, open_run_data
 from megamup.data.samples import SampleSource
 from megamup.errors import MegamupError, OneRankError
+from megamup.kernels.choice import choose
 from megamup.mup import table
 from megamup.parallel.mesh import Mesh, build_mesh
 from megamup.train import checkpoint, distributed, run_folder
@@ -63,7 +64,9 @@ def train(config: Config) -> dict[str, float]:
     micro_batches(config, world_size)
     table(config)
     read_outlook(config)  # a wrong file now, not once the ranks have met
-    adamw_backend(config, "cuda" if distributed.has_cuda() else "cpu")  # one that can't run, likewise
+    device_type = "cuda" if distributed.has_cuda() else "cpu"
+    adamw_backend(config, device_type)  # what can't run here, likewise
+    choose(config, device_type)
     data = open_run_data(config)
     resumed = run_folder.resume_point(config, world_size, consumed.record(config, data))
     consumed.check_files(config.run.folder, data)

@@ -200,7 +200,9 @@ class Pause:
     def __enter__(self) -> None:
         self.start, self.compiled_s = time.perf_counter(), self.recorder.compiling()
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
+        if failed is not None:
+            return  # one rank's error: the others don't come to a collective
         # An evaluation's graph is compiled too: `leave_compiling_out` has those seconds.
         seconds = time.perf_counter() - self.start - (self.recorder.compiling() - self.compiled_s)
         self.recorder.last_time += seconds

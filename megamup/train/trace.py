@@ -25,7 +25,7 @@ STEP, DATA, OPTIMIZER = "megamup step", "data", "optimizer"
 CATEGORIES = ("matmul", "attention", "other", "optimizer", "copies", "collectives", "data", "host")
 """``other``: all other operations of the model; ``copies``: between host and device."""
 
-MATMUL = re.compile(r"(aten|mkl|mkldnn|onednn|torchao)::_*(\w*mm|\w*linear_pointwise|mkl_linear)$")
+MATMUL = re.compile(r"(aten|mkl|mkldnn|onednn|torchao)::_*(\w*mm_?|\w*linear_pointwise|mkl_linear)$")
 MATMUL_KERNEL = re.compile(r"gemm|cutlass|nvjet|cublas|xmma|triton_tem_fused_\w*mm", re.IGNORECASE)
 ATTENTION = re.compile(r"attention|attn|fmha|sdpa|flash_(fwd|bwd|fprop|bprop)", re.IGNORECASE)
 COMPILED = "## Call CompiledFxGraph"

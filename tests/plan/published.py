@@ -120,6 +120,7 @@ class LlamaRow:
             overlap_pipeline=True,
             overlap_tensor=False,  # nothing is said of it
             overlap_data=True,
+            scatters_gradients=True,  # FSDP
             gradient_bytes=4,  # 3.3.2: reduced in fp32
         )
         return Published(self.name, config, layout, parse_cluster("configs/clusters/h100.yaml", self.gpus))

@@ -175,7 +175,8 @@ def test_state_is_cut_as_zero_says(make_config: Any, tmp_path: Path) -> None:
 def test_buckets_have_their_full_size_however_small_the_model(make_config: Any) -> None:
     config = make_config("deepspeed=ds_configs/zero2.json")
     bucket = settings(config).reduce_bucket
-    assert memory(config, 2).total > 4 * bucket > 100 * stage_parameters(config)[0] or bucket < 10**8
+    assert bucket > 100 * stage_parameters(config)[0]
+    assert memory(config, 2).total > 4 * bucket
 
 
 def test_what_zero_0_sends_at_a_time_is_the_overlap_s_own() -> None:

@@ -245,3 +245,9 @@ def test_machines_that_hold_other_data_are_told_apart(make_config: Any, tmp_path
     write_corpus(f"{tmp_path}/copy/train", [[1, 2, 3] * 1000], 256, 0)
     with pytest.raises(MegamupError, match=r"ranks read different data .*copy the same corpora to every machine"):
         run_ranks(train_as_this_rank, 2, [make_config("run.name=b"), make_config(moved_data, "run.name=b")])
+
+
+def test_a_kernel_that_cannot_run_is_found_before_the_ranks_meet(make_config: Any) -> None:
+    with pytest.raises(MegamupError, match=r"kernels\.attention=flash_attn can.t run here"):
+        train(make_config("kernels.attention=flash_attn"))
+    assert not dist.is_initialized()

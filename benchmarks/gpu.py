@@ -17,7 +17,8 @@ wheels DIR` collected elsewhere. `--dry-run` runs every part on the CPU with a t
 only collected, and no page is written unless `--output` says where.
 
 Exit code 0: all parts ran, and ours is ahead of transformers and litgpt, at 55% MFU on an H100 or H200; 1: a bound
-doesn't hold; 2: a part failed or found no time.
+doesn't hold; 2: a part failed, or one but the last two (whole models
+compiled) found no time.
 """
 
 from __future__ import annotations
@@ -81,6 +82,8 @@ class Part:
     limit_s: float
     run: Callable[[float], Any]
     """(seconds that it may take) -> what came out; RaceError where it failed."""
+    optional: bool = False
+    """That it finds no time is no failure."""
 
 
 @dataclass(frozen=True)
@@ -191,8 +194,8 @@ def parts_of(bench: Bench, dry_run: bool) -> list[Part]:
         Part("litgpt", 120, contestant("litgpt", "blocks")),
         Part("profile", 90, bench.profile),
         Part("bare", 90, contestant("bare", "blocks")),
-        Part("transformers whole", 150, contestant("transformers", "model")),
-        Part("litgpt whole", 150, contestant("litgpt", "model")),
+        Part("transformers whole", 150, contestant("transformers", "model"), optional=True),
+        Part("litgpt whole", 150, contestant("litgpt", "model"), optional=True),
     ]
 
 
@@ -320,7 +323,8 @@ def main(argv: list[str] | None = None) -> int:
         output.write_text(text, encoding="utf-8")
         found = {"device": device, "outcomes": [asdict(outcome) for outcome in outcomes], "missed": failures}
         output.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    if any(outcome.state != "done" for outcome in outcomes):
+    spared = {part.name for part in parts if part.optional}
+    if not all(one.state == "done" or (one.state == "no time" and one.name in spared) for one in outcomes):
         return 2
     return 1 if failures and not options.dry_run else 0
 

@@ -169,10 +169,7 @@ def main(argv: list[str] | None = None) -> int:
                 return 2
         count = next(iter(standings.turns[0].values())).parameters
         page += [f"## {shape}, {count / 1e6:.1f}M parameters", "", *standings.table(), ""]
-        page += [
-            f"{options.turns} turns; {' '.join(lines)} MFU is PaLM's, of the machine's measured fp32 matrix peak, "
-        ]
-        page[-1] += f"{standings.peak_flops / 1e9:.0f} GFLOP/s on {options.threads} threads."
+        page += [f"{options.turns} turns; {' '.join(lines)} {basis(standings, options.threads)}"]
         page += ["", *standings.missed(BOUNDS), ""]
         missed += standings.missed(BOUNDS)
         summaries[shape] = standings.summary()

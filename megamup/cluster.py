@@ -60,6 +60,8 @@ class Cluster:
 
 
 TEXTS = ("device", "kind")
+LEAST_MEMORY = 1e6
+"""Bytes; less is a number of gigabytes."""
 NUMBERS = ("devices", "nodes", *(f.name for f in fields(Cluster) if f.name not in ("devices", *TEXTS)))
 WHOLE = ("devices", "nodes", "devices_per_node")
 SHARES = ("matmul", "fp8_matmul")
@@ -133,6 +135,8 @@ def _numbers(values: dict[str, Any]) -> dict[str, float]:
     for key in WHOLE:
         if key in given and given[key] != int(given[key]):
             raise MegamupError(f"cluster.{key}: {given[key]:g} is no whole number; expected one")
+    if given.get("memory", LEAST_MEMORY) < LEAST_MEMORY:
+        raise MegamupError(f"cluster.memory: {given['memory']:g} is in bytes, and no device has so few; 80 GB is 80e9")
     if given.get("mfu", 1) > 100:
         raise MegamupError(f"cluster.mfu: {given['mfu']:g} is over 100; expected percent, such as 40")
     for key in SHARES:

@@ -48,6 +48,7 @@ def plan(config: Config, world_size: int, cluster: Cluster | None = None) -> dic
             "world": world_size,
             "tensor": config.parallel.tensor,
             "pipeline": config.parallel.pipeline,
+            "context": config.parallel.context,
             "data": config.parallel.data(world_size),
         },
         "batch_tokens": config.batch_tokens,

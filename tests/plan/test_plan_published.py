@@ -7,6 +7,7 @@ so the ratio is that of any MFU.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 
@@ -57,6 +58,13 @@ def test_llama_3(row: LlamaRow) -> None:
     assert llama(row, causal=True) == pytest.approx(row.teraflops, rel=WITHIN)
     if row.seq_len == 8_192:  # where the counts are 4% apart
         assert llama(row, causal=False) == pytest.approx(row.teraflops, rel=WITHIN)
+
+
+def test_readme_has_what_is_planned() -> None:
+    planned = [round(megatron(row)) for row in MEGATRON] + [round(llama(row, causal=True)) for row in LLAMA]
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    line = next(line for line in readme.splitlines() if line.startswith("| planned |"))
+    assert [int(cell) for cell in line.split("|")[2:-1]] == planned
 
 
 def test_12_of_13_whichever_way_llama_counts() -> None:

@@ -63,7 +63,7 @@ def test_totals(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["attention_scale"] == 0.25
     assert found["table"]["blocks.3.mlp.down.weight"]["lr_scale"] == 0.5
     assert len(found["table"]) == 4 * 9 + 3
-    assert found["ranks"] == {"world": 1, "tensor": 1, "pipeline": 1, "data": 1}
+    assert found["ranks"] == {"world": 1, "tensor": 1, "pipeline": 1, "context": 1, "data": 1}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -87,7 +87,7 @@ def test_bytes_are_of_the_largest_tensor_and_pipeline_shard(
 ) -> None:
     """Tensor 2 halves what is cut; of two stages the last holds a final norm more than the first."""
     found = planned(capsys, config_file, "parallel.tensor=2", "parallel.pipeline=2", "--ranks", "8")
-    assert found["ranks"] == {"world": 8, "tensor": 2, "pipeline": 2, "data": 2}
+    assert found["ranks"] == {"world": 8, "tensor": 2, "pipeline": 2, "context": 1, "data": 2}
     held = 2 * (BLOCK_CUT // 2 + BLOCK_WHOLE) + TABLE // 2 + 64
     assert found["state_bytes_per_rank"] == {"weights": 4 * held, "gradients": 4 * held, "optimizer": 8 * held}
 

@@ -60,6 +60,7 @@ def test_what_follows_a_file_overrides_it(tmp_path: Path) -> None:
         ("devices=8,peak=1e15,matmul=1.1", "cluster.matmul: 1.1 is over 1"),
         ("devices=8,peak=1e15,kind=tpu", "cluster.kind: 'tpu'; expected cuda or cpu"),
         ("devices=8,peak=1e15,mfu=140", "cluster.mfu: 140 is over 100"),
+        ("devices=8,peak=1e15,memory=80", "cluster.memory: 80 is in bytes"),
         ("devices=8,peak=1e15,price=cheap", "cluster.price: 'cheap' is no amount"),
         ("devices=8,,peak=1e15", "expected a key and a value"),
         ("", "--cluster: '' is no file"),

@@ -117,11 +117,11 @@ def test_the_next_process_reads_it_from_disk(runs: dict[str, Outcome]) -> None:
 
 @pytest.mark.parametrize("name", ["first", "second", "sequence"])
 def test_throughput_leaves_compiling_out(runs: dict[str, Outcome], name: str) -> None:
-    """Compiling is nearly all of the first step: what is left is the step's own time, as the next steps'."""
+    """Compiling is most of a first step, unless it is read from disk: what is left is the step's own time."""
     found = runs[name]
     record, seconds, compiled = found.records[0], found.seconds[0], found.compiled[0].seconds
     assert record["compile_s"] == pytest.approx(compiled)
-    assert record["compile_s"] > 0.5 * seconds
+    assert record["compile_s"] > (0 if name == "second" else 0.5 * seconds)
     rest = BATCH * SEQ / record["tokens_per_s"]
     assert rest + record["compile_s"] == pytest.approx(seconds, rel=0.2)
     assert "compile_s" not in found.records[1]

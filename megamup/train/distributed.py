@@ -11,6 +11,8 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
+from megamup.train.host_memory import keep_freed_memory
+
 
 def launched(name: str, slurm_name: str, default: int) -> int:
     """An integer that deepspeed and torchrun export as ``name``, and srun as ``slurm_name``.
@@ -70,7 +72,11 @@ def join() -> torch.device:
     cuda = has_cuda()
     if cuda:
         torch.cuda.set_device(local_rank())
-    elif "OMP_NUM_THREADS" not in os.environ:  # else every rank takes all cores, and they wait for each other
+    else:
+        keep_freed_memory()
+    if (
+        not cuda and "OMP_NUM_THREADS" not in os.environ
+    ):  # else every rank takes all cores, and they wait for each other
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size()))
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed's shared-memory all-reduce serves inference only, and is built by a C++ compiler for over a minute

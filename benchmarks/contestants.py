@@ -31,7 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megamup.config import Config, load_config, micro_batches
-from megamup.models.decoder import Decoder, build_decoder, context, decoder_layers
+from megamup.models.build import build_network, context, model_layers
+from megamup.models.network import Network
 from megamup.mup import table
 from megamup.parallel.layers import spec_of
 from megamup.parallel.loss import CrossEntropy
@@ -55,7 +56,7 @@ class Net:
     optimizer: torch.optim.Optimizer
 
 
-def weights_of(decoder: Decoder, config: Config) -> dict[str, Tensor]:
+def weights_of(decoder: Network, config: Config) -> dict[str, Tensor]:
     """Initial weights by global name with their forward multipliers in them, for models that know no multipliers."""
     scales = table(config)
     return {(name := spec_of(shard).name): shard.detach() * scales[name].multiplier for shard in decoder.parameters()}
@@ -90,12 +91,12 @@ def bare(config: Config, device: torch.device, mode: str) -> Net:
     """megamup's own layers, loss and parameter groups without DeepSpeed, loop, data stream and records."""
     built_from = context(config, SINGLE, device.type)
     criterion = CrossEntropy(built_from.kernels.names["cross_entropy"])
-    decoder = Decoder(decoder_layers(built_from, config, criterion), criterion).to(device)
+    decoder = Network(model_layers(built_from, config, criterion), criterion).to(device)
     if mode == "blocks":
         compile_blocks(decoder, config)
 
     def loss(tokens: Tensor, targets: Tensor) -> Tensor:
-        return decoder(tokens, (targets, torch.full((), 1 / targets.numel(), device=device)))  # type: ignore[no-any-return]
+        return decoder({"tokens": tokens}, (targets, torch.full((), 1 / targets.numel(), device=device)))  # type: ignore[no-any-return]
 
     return Net(decoder, loss, adamw(parameter_groups(decoder, config), adamw_backend(config, device.type)))
 
@@ -103,7 +104,7 @@ def bare(config: Config, device: torch.device, mode: str) -> Net:
 def transformers(config: Config, device: torch.device, mode: str) -> Net:
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-    model, weights = config.model, weights_of(build_decoder(config), config)
+    model, weights = config.model, weights_of(build_network(config), config)
     attention = "flash_attention_2" if device.type == "cuda" and importlib.util.find_spec("flash_attn") else "sdpa"
     common = {"vocab_size": model.vocab_size, "use_cache": False, "attn_implementation": attention}
     with device:
@@ -202,7 +203,7 @@ def transposed(x: Tensor) -> Tensor:
 def litgpt(config: Config, device: torch.device, mode: str) -> Net:
     """litgpt's GPT and its loss, as litgpt/pretrain.py uses them, but the loss in one piece, which is faster. Its
     module is reached through ``--site``."""
-    model, weights = config.model, weights_of(build_decoder(config), config)
+    model, weights = config.model, weights_of(build_network(config), config)
     settings = importlib.import_module("litgpt").Config(
         name="llama",
         block_size=model.max_seq_len,
@@ -271,7 +272,7 @@ class Timed:
 def train(net: Net, config: Config, windows: np.ndarray[Any, Any], warm: int, device: torch.device) -> Timed:
     """Take one step for each (sequences, seq + 1) of ``windows``; the first ``warm`` aren't timed."""
     micro, parts = micro_batches(config, 1)
-    own_casts = isinstance(net.module, Decoder)
+    own_casts = isinstance(net.module, Network)
     losses: list[Tensor] = []
     begun = time.perf_counter()
     for step, window in enumerate(windows):

@@ -17,13 +17,17 @@ from pydantic import BaseModel, ValidationError, model_validator
 from megamup import shipped
 from megamup.deepspeed_file import load_deepspeed, zero_stage
 from megamup.errors import MegamupError
-from megamup.sections import Batch, Data, Kernels, Log, Model, Mup, Optim, Parallel, Run, Schedule, Section, Train
+from megamup.fields import Section
+from megamup.model import Model
+from megamup.objective import KINDS, Objective, check_objective, decoder_len, raw_len
+from megamup.sections import Batch, Data, Kernels, Log, Mup, Optim, Parallel, Run, Schedule, Train
 
 
 class Config(Section):
     model: Model
     data: Data
     train: Train
+    objective: Objective = Objective()
     run: Run = Run()
     mup: Mup = Mup()
     parallel: Parallel = Parallel()
@@ -42,8 +46,23 @@ class Config(Section):
         return self.data.seq_len or self.model.max_seq_len
 
     @property
+    def decoder_len(self) -> int:
+        """Tokens of the decoder's part of a sequence, 0 where there is no decoder of its own."""
+        return decoder_len(self.objective, self.model.arch, self.seq_len)
+
+    @property
+    def raw_len(self) -> int:
+        """Tokens of a corpus that one sequence is made of."""
+        return raw_len(self.objective, self.model.arch, self.seq_len)
+
+    @property
+    def sequence_tokens(self) -> int:
+        """Tokens of one sequence that the model reads, in encoder and decoder."""
+        return self.seq_len + self.decoder_len
+
+    @property
     def batch_tokens(self) -> int:
-        return self.batch.global_sequences * self.seq_len
+        return self.batch.global_sequences * self.sequence_tokens
 
     @property
     def tokens(self) -> int:
@@ -53,6 +72,19 @@ class Config(Section):
     @property
     def zero_stage(self) -> int:
         return zero_stage(load_deepspeed(self.deepspeed))
+
+    @model_validator(mode="before")
+    @classmethod
+    def fill_objective(cls, values: Any) -> Any:
+        """An architecture's own objective, where no other is named."""
+        if not isinstance(values, dict):
+            return values
+        model, objective = values.get("model"), values.get("objective", {})
+        kinds = KINDS.get(str(model.get("arch") if isinstance(model, dict) else getattr(model, "arch", None)))
+        section = objective.model_dump() if isinstance(objective, Objective) else objective
+        if kinds and isinstance(section, dict) and section.get("kind") is None:
+            return values | {"objective": section | {"kind": kinds[0]}}
+        return values
 
     @model_validator(mode="after")
     def check_combinations(self) -> Config:
@@ -64,10 +96,15 @@ class Config(Section):
                     f"model.{key}={size} is not divisible by parallel.tensor={tensor}; "
                     f"the next that is: {-(-size // tensor) * tensor}"
                 )
+        check_objective(
+            self.objective, model.arch, model.vocab_size, self.seq_len, model.pair_head, self.data.documents
+        )
         self.check_stretches()
-        if model.n_layers < pipeline:
+        self.check_parametrization()
+        blocks = model.n_layers + (model.n_decoder_layers or 0)
+        if blocks < pipeline:
             raise ValueError(
-                f"model.n_layers={model.n_layers} is less than parallel.pipeline={pipeline}: "
+                f"model.n_layers={model.n_layers} ({blocks} blocks in all) is less than parallel.pipeline={pipeline}: "
                 "a stage would hold no layer; use at most one stage a layer"
             )
         if model.tie_embeddings and self.mup.zero_init.readout:
@@ -102,6 +139,25 @@ class Config(Section):
             )
         return self
 
+    def check_parametrization(self) -> None:
+        """What a parametrization has no rule for."""
+        model = self.model
+        if self.mup.parametrization != "umup":
+            return
+        unruled = {
+            "arch": model.arch in ("bert", "t5"),
+            "norm_place": model.norm_place == "after",
+            "activation": model.activation in ("relu", "relu2"),
+            "parallel_block": model.parallel_block,
+            "positions": model.positions == "relative",
+            "moe": model.moe is not None,
+        }
+        for key in (key for key, found in unruled.items() if found):
+            raise ValueError(
+                f"mup.parametrization=umup has no rule for model.{key}={getattr(model, key)} (Blake et al. 2024 treat "
+                "causal pre-norm stacks of attention and MLP); use parametrization=mup"
+            )
+
     def check_stretches(self) -> None:
         """What cuts the sequence must divide it, and context ranks share out a tensor rank's heads."""
         tensor, context = self.parallel.tensor, self.parallel.context
@@ -113,12 +169,13 @@ class Config(Section):
                     "each rank attends with whole heads; use fewer context ranks, or more heads"
                 )
         stretches = context * (tensor if self.parallel.sequence else 1)
-        if self.seq_len % stretches:
-            raise ValueError(
-                f"data.seq_len={self.seq_len} can't be cut into {stretches} equal stretches (parallel.context={context}"
-                f"{f' x tensor={tensor}, as parallel.sequence=true' if self.parallel.sequence else ''}); "
-                f"the next that can: {-(-self.seq_len // stretches) * stretches}"
-            )
+        for key, length in (("data.seq_len", self.seq_len), ("objective.decoder_len", self.decoder_len)):
+            if length % stretches:
+                raise ValueError(
+                    f"{key}={length} can't be cut into {stretches} equal stretches (parallel.context={context}"
+                    f"{f' x tensor={tensor}, as parallel.sequence=true' if self.parallel.sequence else ''}); "
+                    f"the next that can: {-(-length // stretches) * stretches}"
+                )
 
 
 def micro_batches(config: Config, world_size: int) -> tuple[int, int]:
@@ -222,8 +279,8 @@ def describe(problem: Any) -> str:
     """One line for one of pydantic's errors: key, value, what was expected, nearest valid name."""
     unions = ("str", "int", "float", "bool", "none")  # pydantic names the member of a union that it tried
     *inner, last = [str(part) for part in problem["loc"]] or [""]
-    inner = [part for part in inner if part not in unions and not part.startswith("tuple[")]
-    named = problem["type"] == "extra_forbidden" or (last not in unions and not last.startswith("tuple["))
+    inner = [part for part in inner if part not in unions and not part.startswith(("tuple[", "dict["))]
+    named = problem["type"] == "extra_forbidden" or (last not in unions and not last.startswith(("tuple[", "dict[")))
     location = [part for part in (*inner, *([last] if named else [])) if part]
     key = ".".join(location)
     message = str(problem["msg"]).removeprefix("Value error, ")

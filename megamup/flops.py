@@ -11,8 +11,8 @@ import re
 from typing import Literal
 
 from megamup.errors import MegamupError
-from megamup.parameters import count, parameters
-from megamup.sections import Model
+from megamup.model import Model
+from megamup.parameters import Parameter, parameters
 
 Convention = Literal["6N", "palm", "chinchilla", "chinchilla_non_embedding"]
 
@@ -42,36 +42,69 @@ def training_flops(parameters: float, tokens: float) -> float:
     return 6.0 * parameters * tokens
 
 
-def matmul_parameters(model: Model) -> int:
-    """Parameters that a token is multiplied with: all but lookup tables and biases; the (tied) readout counts once."""
-    biases = sum(parameter.size for parameter in parameters(model).values() if parameter.role == "bias")
-    return count(model)["non_embedding"] - biases + model.vocab_size * model.d_model
+Lengths = int | tuple[int, int]
+"""Tokens of a sequence; of an encoder-decoder, those of either stack."""
 
 
-def flops_per_token(model: Model, seq_len: int, convention: Convention) -> float:
+def flops_per_token(model: Model, seq_len: Lengths, convention: Convention) -> float:
     """FLOPs of forward and backward for one token.
 
     ``6N``: 6·N with N the non-embedding parameters (Kaplan et al. 2020, section 2.1: no attention scores, no
-    readout, no lookup). ``palm``: 6·N + 12·L·H·Q·T with N all parameters that a token is multiplied with, readout
-    included (Chowdhery et al. 2022, appendix B; the scores counted without the causal half; biases, which that model
-    doesn't have, are added and not multiplied). ``chinchilla``: every matrix product, the softmax and the embedding
-    as a one-hot product (Hoffmann et al. 2022, appendix F; here with the true numbers of key-value heads and of
-    matrices in the MLP); backward twice the forward. ``chinchilla_non_embedding``: the same without embedding and
-    logits, which is what that appendix's table A4 was computed with, whatever its text says.
+    readout, no lookup; of experts those that a token goes to). ``palm``: 6·N + 12·L·H·Q·T with N all parameters that a
+    token is multiplied with, readout included (Chowdhery et al. 2022, appendix B; the scores counted without the causal
+    half, and without the saving of windows; biases, which that model doesn't have, are added and not multiplied).
+    ``chinchilla``: every matrix product, the softmax and the embedding as a one-hot product (Hoffmann et al. 2022,
+    appendix F; here with the true numbers of key-value heads and of matrices in the MLP); backward twice the forward.
+    ``chinchilla_non_embedding``: the same without embedding and logits, which is what that appendix's table A4 was
+    computed with, whatever its text says.
+
+    Of an encoder-decoder it is the mean over the tokens that both stacks read: a parameter counts for the tokens that
+    it is multiplied with (keys and values of cross-attention with the encoder's), the readout for the decoder's.
     """
+    within, across = seq_len if isinstance(seq_len, tuple) else (seq_len, 0)
     if convention == "6N":
-        return 6.0 * count(model)["non_embedding"]
+        outside = ("embedding.", "readout.")
+        weights = sum(
+            met(p, model, within, across) for p in parameters(model).values() if not p.name.startswith(outside)
+        )
+        return 6.0 * weights / (within + across)
     if convention == "palm":
-        scores = 12.0 * model.n_layers * model.n_heads * model.d_head * seq_len
-        return 6.0 * matmul_parameters(model) + scores
-    d, heads, kv_heads = model.d_model, model.n_heads * model.d_head, model.n_kv_heads * model.d_head
-    qkv = 2.0 * d * (heads + 2 * kv_heads)
-    attention = 2.0 * seq_len * heads + 3.0 * model.n_heads * seq_len + 2.0 * seq_len * heads  # QKᵀ, softmax, ·V
-    output = 2.0 * heads * d
-    mlp = 2.0 * (2 if model.arch == "gpt" else 3) * d * model.d_ff
-    blocks = model.n_layers * (qkv + attention + output + mlp)
-    embedding = logits = 2.0 * model.vocab_size * d if convention == "chinchilla" else 0.0
-    return 3.0 * (embedding + blocks + logits)
+        multiplied = [p for p in parameters(model).values() if p.role != "bias" and not lookup(p)]
+        readout = model.vocab_size * model.d_model * (across or within)
+        weights = sum(met(p, model, within, across) for p in multiplied) + readout
+        return (6.0 * weights + 12.0 * model.n_heads * model.d_head * pairs(model, within, across)) / (within + across)
+    embedding = logits = 0.0
+    if convention == "chinchilla":
+        embedding = 2.0 * model.vocab_size * model.d_model * (within + across)
+        logits = 2.0 * model.vocab_size * model.d_model * (across or within)
+    multiplied = [p for p in parameters(model).values() if p.in_block and p.role not in ("bias", "gain")]
+    products = 2.0 * sum(met(p, model, within, across) for p in multiplied)
+    heads = model.n_heads * model.d_head
+    scores = (4.0 * heads + 3.0 * model.n_heads) * pairs(model, within, across)  # QKᵀ and ·V, softmax
+    return 3.0 * (embedding + products + scores + logits) / (within + across)
+
+
+def lookup(parameter: Parameter) -> bool:
+    """Not multiplied with a token: tables, the readout (counted by itself, as it may be tied), one product a text."""
+    return parameter.name.startswith(("embedding.", "readout.", "pooler.", "pair."))
+
+
+def met(parameter: Parameter, model: Model, within: int, across: int) -> float:
+    """Elements of a parameter times the tokens of a sequence that meet them."""
+    share = 1.0
+    if model.moe is not None and ".moe.experts." in parameter.name:
+        share = model.moe.top_k / model.moe.experts
+    of_memory = ".cross.key." in parameter.name or ".cross.value." in parameter.name
+    decoder = parameter.name.startswith("decoder.") and not of_memory
+    return parameter.size * share * (across if decoder else within)
+
+
+def pairs(model: Model, within: int, across: int) -> float:
+    """Pairs of query and key in a sequence, over all blocks."""
+    if model.arch != "t5":
+        return float(model.n_layers) * within**2
+    assert model.n_decoder_layers is not None
+    return float(model.n_layers) * within**2 + float(model.n_decoder_layers) * across * (across + within)
 
 
 def known_peak(device_name: str, precision: str) -> float | None:
@@ -81,7 +114,7 @@ def known_peak(device_name: str, precision: str) -> float | None:
     return next((peak for name, peak in BF16_PEAKS.items() if re.search(rf"\b{name}\b", device_name)), None)
 
 
-def mfu_percent(tokens_per_s: float, model: Model, seq_len: int, peak_flops: float) -> float:
+def mfu_percent(tokens_per_s: float, model: Model, seq_len: Lengths, peak_flops: float) -> float:
     """Model FLOPs utilization as PaLM defines it: achieved over possible tokens per second, over all devices.
 
     Where some products are in 8-bit floats the peak stays bf16's, so that MFU goes up as tokens per second do; products

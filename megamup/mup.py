@@ -8,7 +8,7 @@ With n = fan_in / base fan_in (of that very tensor), g = query heads to a key he
 b = batch / base batch, d = tokens / base tokens, κ = b (or b/d, see ``mup.horizon``) and s = κ^½ · d^α_data:
 
     |            | embedding | query, hidden | key, value       | residual out         | readout     | gain, bias |
-    | init std   | σ_emb     | σ_hidden·n^-½ | σ_hidden·(ng)^-½ | σ_res·n^-½·(2L)^-½   | σ_readout   | 1, 0       |
+    | init std   | σ_emb     | σ_hidden·n^-½ | σ_hidden·(ng)^-½ | σ_res·n^-½·R^-½      | σ_readout   | 1, 0       |
     | multiplier | α_emb     | α_hidden      | α_hidden         | α_res                | α_readout/n | 1          |
     | AdamW lr   | η_emb·s   | η_hidden·s/n  | η_hidden·s/n     | η_res·s/n            | η_readout·s | η_vector·s |
 
@@ -19,7 +19,18 @@ Key-value heads that stay as few while the model widens (g > 1) are outputs of f
 (Yang, Simon & Bernstein 2023) then wants initial weights smaller by √(fan_out/fan_in), and updates as they are.
 
 Depth (``mup.depth``): a branch adds ℓ^-a of what it computes, a = ½ (Yang et al. 2023, depth-μP) or 1 (Dey et al. 2025,
-CompleteP). Inside blocks the lr is times ℓ^(a-1) and eps times ℓ^-a; L in the initial deviation is then the base's.
+CompleteP). Inside blocks the lr is times ℓ^(a-1) and eps times ℓ^-a. R, the residual branches of the stack (2L, or 3L
+in a decoder with cross-attention), is in the initial deviation then the base's.
+
+Where the other architectures stand in it. Cross-attention sums over d_model of the memory, whose coordinates have the
+size of any hidden state: query, key and value as above. T5 leaves its attention unscaled and draws queries smaller by
+√d_head instead; here the logits' factor says both, which is the same at the base and, unlike T5's, right at any d_head
+(fold it into the queries and T5's own class computes it: convert/). Relative biases are one number a head and distance,
+of fixed fan-in 1 and read as logits: the column of biases. BERT's transform and pooler are hidden, its pair classifier
+is a readout. T5's tied readout has d_model^-½ on unit-variance embeddings, the table's tied one α/n on the base's: the
+same at the base. Token types are embeddings. A router sums over d_model into a fixed number of experts: a readout's
+column with α = 1, inside a block; an expert is a hidden and a residual-out layer, each of its own tokens.
+Gains of query and key norms are gains: after such a norm q·k is at most √d_head², and the table's 1/d_head holds.
 """
 
 from __future__ import annotations
@@ -90,17 +101,19 @@ def column(parameter: Parameter, config: Config, at: Ratios) -> tuple[float, flo
     mup = config.mup
     sigma, alpha, eta, zero = mup.sigma, mup.alpha, mup.eta, mup.zero_init
     n = at.width[parameter.fan_in] if parameter.fan_in else 1.0
-    layers = config.model.n_layers if mup.depth == "none" else at.n_layers_base
+    layers = config.model.n_layers
+    branches = parameter.branches if mup.depth == "none" else parameter.branches * at.n_layers_base / layers
     deeper = 1.0
     if mup.depth != "none" and parameter.in_block:
         deeper = at.depth ** (DEPTH_EXPONENT[mup.depth] - 1)
-    residual_std = sigma.residual_out * n**-0.5 * (2 * layers) ** -0.5
+    residual_std = sigma.residual_out * n**-0.5 * branches**-0.5 if branches else 0.0
     return {
         "embedding": (sigma.embedding, alpha.embedding, 1.0, eta.embedding),
         "query": (sigma.hidden * n**-0.5 * (not zero.query), alpha.hidden, 1 / n, eta.hidden * deeper),
         "key_value": (sigma.hidden * (n * at.group) ** -0.5, alpha.hidden, 1 / n, eta.hidden * deeper),
         "hidden": (sigma.hidden * n**-0.5, alpha.hidden, 1 / n, eta.hidden * deeper),
         "residual_out": (residual_std * (not zero.residual_out), alpha.residual_out, 1 / n, eta.residual_out * deeper),
+        "router": (sigma.readout, 1 / n, 1.0, eta.readout * deeper),
         "readout": (sigma.readout * (not zero.readout), readout_multiplier(config), 1.0, eta.readout),
         "gain": (0.0, 1.0, 1.0, eta.vector * deeper),
         "bias": (0.0, 1.0, 1.0, eta.vector * deeper),
@@ -158,7 +171,7 @@ def block_scales(config: Config, layer: int) -> BlockScales:
     if config.mup.parametrization == "umup":
         return umup.block_scales(config, layer)
     branch = Branch(branch=ratios(config).depth ** -DEPTH_EXPONENT[config.mup.depth])
-    return BlockScales(attention_logits=attention_scale(config), attention=branch, mlp=branch)
+    return BlockScales(attention_logits=attention_scale(config), attention=branch, cross=branch, mlp=branch)
 
 
 def horizon_betas(config: Config, kappa: float) -> tuple[float, float]:

@@ -42,4 +42,5 @@ class BlockScales:
     """In the argument of GELU or SiLU: ``f(m·x)/m``."""
     activation_output: float = 1.0
     attention: Branch = Branch()
+    cross: Branch = Branch()
     mlp: Branch = Branch()

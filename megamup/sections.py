@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from megamup.errors import MegamupError
-
-Positive = Annotated[int, Field(gt=0, strict=True)]
-NonNegative = Annotated[int, Field(ge=0, strict=True)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+from megamup.fields import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
 
 
 class Run(Section):
@@ -31,58 +23,6 @@ class Run(Section):
     @property
     def folder(self) -> Path:
         return Path(self.dir) / self.name
-
-
-class Model(Section):
-    arch: Literal["gpt", "llama"]
-    """``gpt``: learned positions, LayerNorm, GELU, biases, tied. ``llama``: RoPE, RMSNorm, SwiGLU, GQA, untied."""
-    d_model: Positive
-    n_layers: Positive
-    n_heads: Positive
-    vocab_size: Positive
-    """Rows of the embedding; at least the tokenizer's vocabulary, and divisible by ``parallel.tensor``."""
-    max_seq_len: Positive
-    """Longest sequence; the number of learned positions of ``gpt``."""
-    n_kv_heads: Positive = None  # type: ignore[assignment]
-    """Key and value heads (grouped-query attention); default ``n_heads``."""
-    d_head: Positive = None  # type: ignore[assignment]
-    """Default ``d_model / n_heads``."""
-    d_ff: Positive = None  # type: ignore[assignment]
-    """Default ``4 d_model`` (gpt), or ``8/3 d_model`` rounded up to a multiple of 16 (llama)."""
-    tie_embeddings: bool = None  # type: ignore[assignment]
-    """Readout shares the token embedding; default true for gpt, false for llama."""
-    bias: bool = None  # type: ignore[assignment]
-    """Biases of the linear layers and norms; default true for gpt, false for llama."""
-    norm_eps: PositiveFloat = 1e-5
-    rope_theta: PositiveFloat = 10_000.0
-
-    @model_validator(mode="before")
-    @classmethod
-    def fill_defaults(cls, values: Any) -> Any:
-        """Fill what follows from other keys; a missing required key is left for pydantic to name."""
-        if not isinstance(values, dict):
-            return values
-        filled = {key: value for key, value in values.items() if value is not None}
-        d_model, n_heads, gpt = filled.get("d_model"), filled.get("n_heads"), filled.get("arch") == "gpt"
-        filled.setdefault("tie_embeddings", gpt)
-        filled.setdefault("bias", gpt)
-        if isinstance(n_heads, int):
-            filled.setdefault("n_kv_heads", n_heads)
-        if isinstance(d_model, int):
-            filled.setdefault("d_ff", 4 * d_model if gpt else -(-8 * d_model // 48) * 16)
-        if isinstance(d_model, int) and isinstance(n_heads, int) and n_heads > 0 and "d_head" not in filled:
-            if d_model % n_heads:
-                raise ValueError(f"d_model={d_model} is not divisible by n_heads={n_heads}; change one or set d_head")
-            filled["d_head"] = d_model // n_heads
-        return filled
-
-    @model_validator(mode="after")
-    def check_heads(self) -> Model:
-        if self.n_heads % self.n_kv_heads:
-            raise ValueError(f"n_heads={self.n_heads} is not divisible by n_kv_heads={self.n_kv_heads}")
-        if self.arch == "llama" and self.d_head % 2:
-            raise ValueError(f"d_head={self.d_head} is odd; rotary positions turn pairs: use an even d_head")
-        return self
 
 
 class Base(Section):
@@ -260,19 +200,25 @@ class Source(Section):
 
 
 Sources = str | Annotated[tuple[Source, ...], Field(min_length=1)]
+ValidSets = dict[str, str | tuple[str, ...]]
+SET_NAME = re.compile("[A-Za-z0-9_]+")
 
 
 class Data(Section):
     train: Sources
     """Prefix of a corpus (``PREFIX.json`` and its shards, or Megatron's ``.bin`` and ``.idx``), or a list of
     ``{prefix, weight, fraction}``."""
-    valid: Sources | None = None
-    """The same, held out, for evaluation; every token counts once, so weights and fractions have no say."""
+    valid: Sources | ValidSets | None = None
+    """The same, held out, for evaluation; every token counts once, so weights and fractions have no say. Or named
+    sets, ``{books: P, code: [P1, P2]}``: the metrics then tell of each (``valid_loss_books``) and of all together."""
     seq_len: Positive | None = None
     """Default ``model.max_seq_len``."""
     fraction: Share = 1.0
     """Train on this share of the samples, for L(N, D): the same ones for every seed, and a smaller share's are among a
     larger one's. Epochs are of the share."""
+    documents: bool = False
+    """A token attends within its own document only, whose end-of-document token is its last (Grattafiori et al. 2024).
+    Positions go on through a sample all the same, as they would in the middle of a longer one."""
     prefetch: Positive = 2
     """Steps that are read ahead of training."""
     cache: str | None = None
@@ -284,17 +230,39 @@ class Data(Section):
         return listed(self.train)
 
     @property
-    def valid_sources(self) -> tuple[Source, ...]:
-        return () if self.valid is None else listed(self.valid)
+    def valid_sets(self) -> dict[str, tuple[str, ...]]:
+        """Prefixes by the name of their set; of sources that have none it is ``valid``."""
+        if isinstance(self.valid, dict):
+            return {name: (found,) if isinstance(found, str) else found for name, found in self.valid.items()}
+        return {} if self.valid is None else {"valid": tuple(source.prefix for source in listed(self.valid))}
+
+    @field_validator("valid", mode="before")
+    @classmethod
+    def check_sets(cls, value: Any) -> Any:
+        """One message, where pydantic has one for each member of the union."""
+        if value == {}:
+            raise ValueError("{}: expected a set by its name, or null for no evaluation")
+        for name, found in value.items() if isinstance(value, dict) else ():
+            if not isinstance(name, str) or not SET_NAME.fullmatch(name):
+                raise ValueError(
+                    f"{name!r}: expected a name of letters, digits and _, as it becomes part of valid_loss_NAME"
+                )
+            prefixes = found if isinstance(found, list | tuple) else [found]
+            if not prefixes or not all(isinstance(prefix, str) for prefix in prefixes):
+                raise ValueError(f"{name}: {found!r}: expected the prefix of a corpus, or a list of prefixes")
+        return value
 
     @model_validator(mode="after")
     def check_valid(self) -> Data:
-        weights = [source.weight for source in self.valid_sources]
+        if self.valid is None or isinstance(self.valid, dict):
+            return self
+        sources = listed(self.valid)
+        weights = [source.weight for source in sources]
         if len(set(weights)) > 1:
             raise ValueError(
                 f"valid: weights {weights}: every held-out token counts once, so all weights must be equal"
             )
-        if any(source.fraction is not None for source in self.valid_sources):
+        if any(source.fraction is not None for source in sources):
             raise ValueError("valid: a fraction has no effect: every held-out token counts once; leave it out")
         return self
 
@@ -340,7 +308,8 @@ class Train(Section):
     eval_every: NonNegative = 0
     """Steps between evaluations; 0: never in between. With ``data.valid`` set, the last step is always evaluated."""
     eval_sequences: Positive | None = None
-    """Sequences of an evaluation, from the start of ``data.valid``, rounded up to whole batches; default all."""
+    """Sequences of an evaluation, from the start of ``data.valid`` or of each of its sets, rounded up to whole batches;
+    default all."""
     save_every: NonNegative = 0
     """Steps between checkpoints; 0: none. Otherwise the last step is saved too."""
     recompute: Literal["none", "selective", "full"] | Positive = "none"

@@ -18,6 +18,7 @@ from __future__ import annotations
 from math import exp, log, pi, sqrt
 
 from megamup.config import Config
+from megamup.model import Model
 from megamup.parameters import Parameter
 from megamup.scales import BlockScales, Branch
 
@@ -28,13 +29,14 @@ def column(parameter: Parameter, config: Config) -> tuple[float, float, float, f
     depth = config.model.n_layers**-0.5 if parameter.in_block else 1.0
     fan_in = parameter.shape[-1]  # of an embedding: d_model, as in the paper's section 4.4
     width = fan_in**-0.5
-    tables = 2 if config.model.arch == "gpt" else 1  # tokens and positions
+    tables = 2 if config.model.positions == "learned" else 1  # tokens and positions
     return {
         "embedding": (1.0, alpha.embedding * tables**-0.5, width, eta.embedding),
         "query": (float(not zero.query), alpha.hidden * width, width, eta.hidden * depth),
         "key_value": (1.0, alpha.hidden * width, width, eta.hidden * depth),
         "hidden": (1.0, alpha.hidden * width, width, eta.hidden * depth),
         "residual_out": (float(not zero.residual_out), width, width, eta.residual_out * depth),
+        "router": (1.0, 1 / fan_in, 1.0, eta.readout * depth),
         "readout": (float(not zero.readout), readout_multiplier(config), 1.0, eta.readout),
         "gain": (0.0, 1.0, 1.0, eta.vector * depth),
         "bias": (0.0, 1.0, 1.0, eta.vector * depth),
@@ -56,15 +58,15 @@ def block_scales(config: Config, layer: int) -> BlockScales:
         attention_logits=temperature / model.d_head,
         attention_output=1 / mixed,
         activation_input=alpha.activation,
-        activation_output=activation_scale(model.arch, alpha.activation),
+        activation_output=activation_scale(model, alpha.activation),
         attention=residual(config, 2 * layer),
         mlp=residual(config, 2 * layer + 1),
     )
 
 
-def activation_scale(arch: str, mult: float) -> float:
-    """One over the deviation of ``f(m·x)/m`` for unit x, f being GELU (gpt) or SiLU times a unit x (llama)."""
-    if arch == "gpt":
+def activation_scale(model: Model, mult: float) -> float:
+    """One over the deviation of ``f(m·x)/m`` for unit x, f being GELU, or SiLU or GELU times a unit x."""
+    if not model.gated:
         return interpolate(1 / (1 + 0.25 / mult**2), 2.0, sqrt(2 / (1 - 1 / pi)))
     return interpolate(1 / (1 + 1 / mult**2), 2.0, sqrt(2.0))
 

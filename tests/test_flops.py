@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from megamup.errors import MegamupError
-from megamup.flops import flops_per_token, known_peak, matmul_parameters, mfu_percent, training_flops
+from megamup.flops import flops_per_token, known_peak, mfu_percent, training_flops
+from megamup.model import Model
 from megamup.parameters import count
-from megamup.sections import Model
+from megamup.parameters import parameters as inventory
 
 PALM = Model(
     arch="llama",
@@ -100,7 +101,8 @@ def test_chinchilla_table_a4_published(
         vocab_size=32_000,
         max_seq_len=2048,
     )
-    parameters = matmul_parameters(model) + n_layers * d_model * n_heads * d_head
+    multiplied = [p.size for p in inventory(model).values() if p.role != "bias" and not p.name.endswith(".position")]
+    parameters = sum(multiplied) + n_layers * d_model * n_heads * d_head
     assert parameters / 1e6 == pytest.approx(millions, rel=0.011)
     flops = 2048 * flops_per_token(model, 2048, "chinchilla_non_embedding")
     assert f"{flops / training_flops(parameters, 2048):.2f}" == ratio

@@ -12,7 +12,7 @@ import torch
 
 from megamup.config import Config, config_from, merge, parse_override
 from megamup.errors import MegamupError
-from megamup.models.decoder import build_decoder
+from megamup.models.build import build_network
 from megamup.mup import attention_scale, block_scales, ratios, readout_multiplier, table
 from megamup.parallel.layers import spec_of
 from megamup.parameters import parameters
@@ -255,7 +255,7 @@ def test_decay_free_of_the_rate(mode: str, lr: float) -> None:
 def test_decay_over_a_schedule(mode: str, shares: tuple[float, ...]) -> None:
     """With zero gradients a step of AdamW is its decay alone: λ a step, or λ·lr(t)/lr_peak."""
     config = build(f"optim.decay_mode={mode}", "model.n_layers=1")
-    net = build_decoder(config)
+    net = build_network(config)
     optimizer = adamw(parameter_groups(net, config))
     for shard in net.parameters():
         shard.grad = torch.zeros_like(shard)

@@ -12,14 +12,15 @@ from torch import Tensor
 
 from megamup.config import Config, config_from
 from megamup.models.blocks import Block
-from megamup.models.decoder import Decoder, build_decoder
+from megamup.models.build import build_network
+from megamup.models.network import Network
 from megamup.train.optim import adamw, parameter_groups
 
 WIDTHS = (32, 64, 128, 256)
 TOKENS_SEEN = torch.randint(64, (4, 17), generator=torch.Generator().manual_seed(0))
 
 
-def coordinates(net: Decoder) -> tuple[Tensor, Tensor, Tensor]:
+def coordinates(net: Network) -> tuple[Tensor, Tensor, Tensor]:
     """The logits, what the last MLP adds, and what all blocks add to the stream."""
     seen: dict[str, Tensor] = {}
     blocks = [layer for layer in net.layers if isinstance(layer, Block)]
@@ -29,7 +30,7 @@ def coordinates(net: Decoder) -> tuple[Tensor, Tensor, Tensor]:
         blocks[-1].register_forward_hook(lambda _, inputs, output: seen.update(stream=output)),
     ]
     with torch.no_grad():
-        seen["logits"] = net(TOKENS_SEEN[:, :-1])
+        seen["logits"] = net({"tokens": TOKENS_SEEN[:, :-1]})
     for hook in hooks:
         hook.remove()
     return seen["logits"], seen["mlp"], seen["stream"] - seen["embedded"]
@@ -55,12 +56,12 @@ def small(width: int, layers: int, seed: int = 1, **mup: Any) -> Config:
 
 def changes(config: Config) -> Tensor:
     """RMS of the coordinates' changes over 4 steps of AdamW."""
-    net = build_decoder(config)
+    net = build_network(config)
     optimizer = adamw(parameter_groups(net, config))
     before = coordinates(net)
     for _ in range(config.train.steps):
         optimizer.zero_grad()
-        F.cross_entropy(net(TOKENS_SEEN[:, :-1]).flatten(0, 1), TOKENS_SEEN[:, 1:].flatten()).backward()
+        F.cross_entropy(net({"tokens": TOKENS_SEEN[:, :-1]}).flatten(0, 1), TOKENS_SEEN[:, 1:].flatten()).backward()
         optimizer.step()
     return torch.stack([rms(y - x) for x, y in zip(before, coordinates(net), strict=True)])
 
@@ -98,6 +99,6 @@ def test_updates_keep_their_size_with_depth_under_its_rules_alone() -> None:
 @pytest.mark.parametrize(("rule", "slope"), [("none", 0.0), ("sqrt", 0.0), ("completep", -0.5)])
 def test_growth_of_the_stream_at_init(rule: str, slope: float) -> None:
     """L independent branches over ℓ^a add L^½·ℓ^-a; without a rule GPT-2's initial weights have the L^-½."""
-    added = [float(rms(coordinates(build_decoder(small(32, layers, depth=rule)))[2])) for layers in DEPTHS]
+    added = [float(rms(coordinates(build_network(small(32, layers, depth=rule)))[2])) for layers in DEPTHS]
     measured = log(added[-1] / added[0]) / log(DEPTHS[-1] / DEPTHS[0])
     assert measured == pytest.approx(slope, abs=0.1), added

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from megamup.config import config_from
-from megamup.models.decoder import build_decoder
+from megamup.model import Model
+from megamup.models.build import build_network
 from megamup.parallel.layers import spec_of
 from megamup.parameters import count, parameters
-from megamup.sections import Model
 
 LLAMA = Model(
     arch="llama", d_model=48, n_layers=3, n_heads=6, n_kv_heads=2, d_head=16, d_ff=80, vocab_size=100, max_seq_len=24
@@ -78,7 +78,7 @@ def test_counts_by_hand() -> None:
 
 @pytest.mark.parametrize("model", [LLAMA, GPT, LLAMA.model_copy(update={"tie_embeddings": True, "bias": True})])
 def test_the_decoder_builds_the_inventory_and_nothing_else(model: Model) -> None:
-    net = build_decoder(config_from({"model": model, "data": {"train": "shard"}, "train": {"steps": 1}}))
+    net = build_network(config_from({"model": model, "data": {"train": "shard"}, "train": {"steps": 1}}))
     built = {spec_of(shard).name: (spec_of(shard), tuple(shard.shape)) for shard in net.parameters()}
     assert built == {name: (parameter, parameter.shape) for name, parameter in parameters(model).items()}
     assert len(built) == len(list(net.parameters()))

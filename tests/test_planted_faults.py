@@ -15,9 +15,10 @@ from torch import Tensor
 
 from megamup import mup
 from megamup.config import Config, config_from
-from megamup.models import decoder
+from megamup.models import heads
 from megamup.models.blocks import Block
-from megamup.models.decoder import Decoder, build_decoder, tied_readout
+from megamup.models.build import build_network
+from megamup.models.network import Network
 from megamup.parallel.layers import spec_of
 from megamup.parallel.loss import vocab_parallel_cross_entropy
 from megamup.parallel.mesh import SINGLE, Axis, Mesh, build_mesh
@@ -46,11 +47,11 @@ def token_ids(batch: int, seq: int) -> Tensor:
     return torch.randint(VOCAB, (batch, seq + 1), generator=torch.Generator().manual_seed(0))
 
 
-def train(net: Decoder, config: Config, tokens: Tensor, steps: int, axis: Axis = SINGLE.tensor) -> None:
+def train(net: Network, config: Config, tokens: Tensor, steps: int, axis: Axis = SINGLE.tensor) -> None:
     optimizer = adamw(parameter_groups(net, config))
     for _ in range(steps):
         optimizer.zero_grad()
-        vocab_parallel_cross_entropy(net(tokens[:, :-1]), tokens[:, 1:], axis).mean().backward()
+        vocab_parallel_cross_entropy(net({"tokens": tokens[:, :-1]}), tokens[:, 1:], axis).mean().backward()
         optimizer.step()
 
 
@@ -62,7 +63,7 @@ Weights = dict[str, Tensor]
 
 def step_of_shards(config: Config, mesh: Mesh) -> tuple[Weights, Weights]:
     """This rank's shards by name: initial weights, and what one step adds to them."""
-    net = build_decoder(config, mesh)
+    net = build_network(config, mesh)
     before = {spec_of(shard).name: shard.detach().clone() for shard in net.parameters()}
     train(net, config, token_ids(4, 16), 1, mesh.tensor)
     return before, {spec_of(shard).name: shard.detach() - before[spec_of(shard).name] for shard in net.parameters()}
@@ -112,7 +113,7 @@ def test_fan_in_taken_from_the_shard(monkeypatch: pytest.MonkeyPatch) -> None:
 # --------------------------------------------------------------------------- 1/√d left in attention
 
 
-def attention_logits(net: Decoder, tokens: Tensor) -> Tensor:
+def attention_logits(net: Network, tokens: Tensor) -> Tensor:
     """(batch, heads, seq, seq) of the first block, before the mask."""
     found: list[Tensor] = []
     core = next(layer for layer in net.layers if isinstance(layer, Block)).attention.core
@@ -120,7 +121,7 @@ def attention_logits(net: Decoder, tokens: Tensor) -> Tensor:
         lambda module, inputs, _: found.append(module.scale * inputs[0] @ inputs[1].transpose(-2, -1))
     )
     with torch.no_grad():
-        net(tokens[:, :-1])
+        net({"tokens": tokens[:, :-1]})
     hook.remove()
     return found[0]
 
@@ -138,7 +139,7 @@ def growth_of_attention_logits() -> float:
             model = {"arch": "gpt", "d_model": 32, "n_heads": 2, "d_head": d_head, "d_ff": 96}
             base = {"d_model": 32, "n_heads": 2, "d_head": 16, "d_ff": 96}
             config = build(model, {"base": base, "zero_init": {"query": True}}, run={"seed": seed})
-            net = build_decoder(config)
+            net = build_network(config)
             before = attention_logits(net, tokens)
             train(net, config, tokens, 4)
             found[place] += (attention_logits(net, tokens) - before).square().mean().sqrt()
@@ -160,23 +161,19 @@ N = 4
 def logits_over_reference(arch: str) -> Tensor:
     """The tied model's logits over x Wᵀ/n (α is 1) with x what the last norm gives and W the embedding's weight."""
     model = {"arch": arch, "d_model": 32 * N, "n_heads": 2 * N, "tie_embeddings": True}
-    net = build_decoder(build(model, {"base": {"d_model": 32, "n_heads": 2}}))
+    net = build_network(build(model, {"base": {"d_model": 32, "n_heads": 2}}))
     embedding = {spec_of(shard).name: shard for shard in net.parameters()}["embedding.token"]
     x = tokens = token_ids(2, 16)[:, :-1]
     with torch.no_grad():
-        for call in net.calls[:-1]:
+        for call, _ in net.calls[:-1]:
             x = call(x)
-        return net(tokens) / (F.linear(x, embedding) / N)  # type: ignore[no-any-return]
+        return net({"tokens": tokens}) / (F.linear(x, embedding) / N)  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt"])
 def test_readout_multiplier_twice_through_tying(monkeypatch: pytest.MonkeyPatch, arch: str) -> None:
     ratio = logits_over_reference(arch)
     torch.testing.assert_close(ratio, torch.ones_like(ratio))
-    monkeypatch.setattr(
-        decoder,
-        "tied_readout",
-        lambda loss, multiplier, *rest: tied_readout(loss, multiplier * multiplier, *rest),
-    )
+    monkeypatch.setattr(heads, "readout_multiplier", lambda config: mup.readout_multiplier(config) ** 2)
     ratio = logits_over_reference(arch)
     torch.testing.assert_close(ratio, torch.full_like(ratio, 1 / N))

@@ -11,7 +11,7 @@ from torch import Tensor
 from megamup.config import Config, config_from
 from megamup.kernels.rotary import rotate
 from megamup.models.blocks import Block
-from megamup.models.decoder import build_decoder
+from megamup.models.build import build_network
 from megamup.mup import table
 from megamup.parallel.layers import spec_of
 from megamup.parameters import parameters
@@ -99,17 +99,17 @@ def unit_scaled_llama(config: Config, weights: dict[str, Tensor], tokens: Tensor
 )
 def test_logits_equal_a_model_of_unit_scaling(alpha: dict[str, float]) -> None:
     config = build(LLAMA, **alpha)
-    net = build_decoder(config)
+    net = build_network(config)
     weights = {spec_of(shard).name: shard.detach() for shard in net.parameters()}
     with torch.no_grad():
         expected = unit_scaled_llama(config, weights, token_ids())
         assert expected.std() > 0.05
-        torch.testing.assert_close(net(token_ids()), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(net({"tokens": token_ids()}), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("mult", [0.25, 1.0, 3.0])
 def test_gelu_equals_that_of_unit_scaling(mult: float) -> None:
-    net = build_decoder(build(GPT, activation=mult))
+    net = build_network(build(GPT, activation=mult))
     block = next(layer for layer in net.layers if isinstance(layer, Block))
     x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     ours = block.mlp.activated(x)
@@ -125,7 +125,7 @@ def rms(x: Tensor) -> float:
 
 def rms_by_place(config: Config) -> dict[str, list[float]]:
     """RMS at initialization of the stream into every block, of what its branches compute, and of the logits · √d."""
-    net = build_decoder(config)
+    net = build_network(config)
     found: dict[str, list[float]] = {"stream": [], "attention": [], "mlp": []}
     for block in net.layers:
         if isinstance(block, Block):
@@ -133,7 +133,7 @@ def rms_by_place(config: Config) -> dict[str, list[float]]:
             block.attention.register_forward_hook(lambda _, inputs, output: found["attention"].append(rms(output)))
             block.mlp.register_forward_hook(lambda _, inputs, output: found["mlp"].append(rms(output)))
     with torch.no_grad():
-        logits = net(token_ids())
+        logits = net({"tokens": token_ids()})
     return found | {"logits": [rms(logits) * config.model.d_model**0.5]}
 
 
@@ -164,7 +164,7 @@ def test_activations_have_deviation_1_whatever_the_width_and_depth(arch: str) ->
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 8.0])
 def test_attention_over_independent_values_has_deviation_1(seq: int, temperature: float) -> None:
     config = build(LLAMA | {"max_seq_len": seq}, attention=temperature)
-    block = next(layer for layer in build_decoder(config).layers if isinstance(layer, Block))
+    block = next(layer for layer in build_network(config).layers if isinstance(layer, Block))
     draw = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(8, 4, seq, 32, generator=draw) for _ in range(3))
     assert 0.7 < rms(block.attention.core(query, key, value)) < 1.4

@@ -105,6 +105,7 @@ def describe(manifest: Manifest) -> None:
         print(
             f"  {manifest.text_bytes / 1e6:,.1f} MB of text, "
             f"{manifest.text_bytes / manifest.tokens:.2f} bytes per token"
+            + (f", {manifest.text_words:,} words" if manifest.text_words else "")
         )
     for source in manifest.sources:
         print("  from " + ", ".join(f"{key} {value}" for key, value in source.items()))

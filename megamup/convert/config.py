@@ -20,7 +20,8 @@ from megamup.convert import modelzoo
 from megamup.convert.modelzoo import Draft
 from megamup.errors import MegamupError
 from megamup.files import write_text_atomic
-from megamup.sections import Model, Sigma
+from megamup.model import Model
+from megamup.sections import Sigma
 
 FLAGS = {"d_model": "-d_base", "lr": "-lr_base", "init_std": "-std_base", "embedding_multiplier": "-m_base"}
 ADVICE = "give the width of the proxy that you tuned, or change the target's sizes"

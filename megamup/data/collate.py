@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from megamup.data.objectives import Causal, Objective
+from megamup.data.objectives.base import Window
 from megamup.data.permutation import Indices
 from megamup.data.samples import SampleSource
 
 
 class Batch(NamedTuple):
-    window: npt.NDArray[np.int64]  # (batch, seq + 1) inputs are all columns but the last, targets all but the first
-    n_targets: Indices  # (batch,) how many targets of each row count, from its start; the others are padding
+    window: Window  # (batch, width) all that the model and its loss read of each sample
+    columns: Mapping[str, slice]  # what is where; see `Objective`
+    n_targets: Indices  # (batch,) how many targets of each row count; the others are below 0
 
 
-def collate(source: SampleSource, indices: Indices, window: npt.NDArray[np.int64] | None = None) -> Batch:
+def collate(
+    source: SampleSource, indices: Indices, window: Window | None = None, objective: Objective | None = None
+) -> Batch:
     """The samples at `indices` of `source`, in that order, as one batch.
 
     Args:
         source: where they come from.
         indices: shape (batch,).
-        window: where they go, shape (batch, seq + 1); default a new array.
+        window: where they go, shape (batch, width); default a new array.
+        objective: what becomes of them; default: the next token.
     """
+    used = objective or Causal(source.seq_len)
     if window is None:
-        window = np.empty((len(indices), source.seq_len + 1), np.int64)
-    source.read(indices, list(window))
-    return Batch(window, source.n_targets(indices))
-
-
-def target_mask(n_targets: Indices, seq_len: int) -> npt.NDArray[np.bool_]:
-    """True where a target counts. Shape (batch, seq)."""
-    return np.arange(seq_len) < n_targets[:, None]
+        window = np.empty((len(indices), used.width), np.int64)
+    return Batch(window, used.columns, used.fill(source, indices, window))

@@ -51,7 +51,9 @@ class Sample:
     """The sample's number in the corpus."""
     start: int
     stop: int
-    """Its seq_len + 1 tokens in the corpus's stream; the first is only an input, the last only a target."""
+    """Its tokens in the corpus's stream; of a decoder the first is only an input, the last only a target. Of an encoder
+    some may not be read, where denoisers need different lengths, and with ``objective.pairs`` the second half of some
+    samples is another one's."""
     parts: tuple[Part, ...]
     """The documents that those tokens are of, in order."""
 
@@ -68,14 +70,17 @@ def record(config: Config, data: RunData) -> dict[str, Any]:
         for source in data.train.sources
     ]
     valid = [] if data.valid is None else list(map(describe, data.valid.names, data.valid.corpora))
-    return {
+    values = {
         "version": VERSION,
         "seed": config.run.seed,
-        "seq_len": config.seq_len,
+        "seq_len": config.raw_len,
         "global_sequences": config.batch.global_sequences,
         "train": train,
         "valid": valid,
     }
+    if config.objective.kind != "causal":  # whose records were written before there was any other
+        values["objective"] = config.objective.model_dump(mode="json", exclude={"z_loss"})
+    return values
 
 
 def describe(name: str, corpus: Corpus) -> dict[str, Any]:
@@ -180,7 +185,7 @@ def documents_of_step(run_folder: Path, step: int) -> list[Sample]:
     size = values["global_sequences"]
     located = data.locate(np.arange((step - 1) * size, step * size))
     return [
-        sample_at(data.sources[place], epoch, index)
+        sample_at(data.sources[place], epoch, index, config.model.causal)
         for place, epoch, index in zip(*(column.tolist() for column in located), strict=True)
     ]
 
@@ -207,9 +212,9 @@ def open_recorded(run_folder: Path, values: dict[str, Any], config: Config) -> T
     )
 
 
-def sample_at(source: TrainSource, epoch: int, index: int) -> Sample:
+def sample_at(source: TrainSource, epoch: int, index: int, causal: bool) -> Sample:
     corpus, seq_len = source.samples.corpus, source.samples.seq_len
-    start, stop = index * seq_len, (index + 1) * seq_len + 1
+    start, stop = index * seq_len + (0 if causal else 1), (index + 1) * seq_len + 1
     parts = []
     for document in corpus.documents_at(start, stop):
         first, end = corpus.bounds(document)

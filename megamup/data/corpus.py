@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -143,6 +144,25 @@ class Corpus:
         """Tokens of every document, in pieces."""
         for shard in self.shards:
             yield from shard.lengths()
+
+
+class TextCounts(NamedTuple):
+    """Of text that was tokenized; 0 where that isn't known of all of it."""
+
+    n_bytes: int
+    """In UTF-8."""
+    n_words: int
+
+
+def text_counts(corpora: Sequence[Corpus]) -> TextCounts:
+    """Of several corpora together, as their manifests tell. Megatron's files don't, nor do other programs' ids."""
+    manifests = [corpus.manifest for corpus in corpora]
+    return total([TextCounts(found.text_bytes, found.text_words) if found else TextCounts(0, 0) for found in manifests])
+
+
+def total(counts: Sequence[TextCounts]) -> TextCounts:
+    n_bytes, n_words = zip(*counts, strict=True)
+    return TextCounts(sum(n_bytes) if all(n_bytes) else 0, sum(n_words) if all(n_words) else 0)
 
 
 def open_shards(prefix: str) -> tuple[Manifest | None, list[Shard]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from megamup.data.corpus import Corpus
+from megamup.data.corpus import Corpus, text_counts
 from megamup.data.manifest import Manifest, TokenizerEntry, file_sha256
 from megamup.data.shards import Lengths, Shard, token_dtype
 from megamup.data.tokenizer import Ids, Tokenizer, load_tokenizer, store_tokenizer
@@ -173,8 +173,8 @@ def merge(
                 for ids, lengths in documents(shard):
                     writer.add(ids, lengths)
                     advance(ids.nbytes)
-        known = [corpus.manifest.text_bytes for corpus in corpora if corpus.manifest]
-        return _finish(writer, meaning, corpora, sum(known) if len(known) == len(corpora) else 0)
+        counts = text_counts(corpora)
+        return _finish(writer, meaning, corpora, text_bytes=counts.n_bytes, text_words=counts.n_words)
 
 
 def split(corpus: Corpus, outputs: tuple[str, str], fraction: float, seed: int, meaning: Vocabulary) -> list[Manifest]:
@@ -218,7 +218,9 @@ def _check_apart(corpora: Sequence[Corpus], outputs: Sequence[str]) -> None:
                 raise MegamupError(f"output {output!r} is also an input; give it another name")
 
 
-def _finish(writer: CorpusWriter, meaning: Vocabulary, corpora: Sequence[Corpus], text_bytes: int = 0) -> Manifest:
+def _finish(
+    writer: CorpusWriter, meaning: Vocabulary, corpora: Sequence[Corpus], text_bytes: int = 0, text_words: int = 0
+) -> Manifest:
     sources: list[dict[str, Any]] = [
         {
             "path": corpus.prefix,
@@ -233,6 +235,7 @@ def _finish(writer: CorpusWriter, meaning: Vocabulary, corpora: Sequence[Corpus]
         eod_id=meaning.eod_id,
         tokenizer=meaning.beside(writer.prefix),
         text_bytes=text_bytes,
+        text_words=text_words,
         sources=sources,
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +12,8 @@ from functools import partial
 import numpy as np
 import torch
 
-from megamup.data.collate import Batch, collate, target_mask
+from megamup.data.collate import Batch, collate
+from megamup.data.objectives import Causal, Objective
 from megamup.data.samples import SampleSource
 from megamup.errors import MegamupError
 
@@ -22,25 +23,39 @@ class TensorBatch:
     """One micro batch, in pinned memory where there is CUDA."""
 
     window: torch.Tensor
-    """(batch, seq + 1) int64: inputs and targets in one piece, so that one copy moves both to a device."""
+    """(batch, width) int64: inputs and targets in one piece, so that one copy moves them all to a device."""
+    columns: Mapping[str, slice]
+    """What is where; see `Objective`."""
     n_targets: int
     """How many targets count."""
-    mask: torch.Tensor | None
-    """(batch, seq) bool, true where the target counts; None where all of them do."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether all targets count; else the others are below 0."""
+        return self.n_targets == self.targets.numel()
+
+    @property
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """All but the targets, (batch, length) int64 each, by name: views, but where tokens share their place with
+        targets that don't count (they are 0 there)."""
+        found = {name: self.window[:, place] for name, place in self.columns.items() if name != "targets"}
+        if not self.complete and self.columns["targets"].start < self.columns["tokens"].stop:
+            found["tokens"] = found["tokens"].clamp(min=0)
+        return found
 
     @property
     def tokens(self) -> torch.Tensor:
-        """(batch, seq) int64, a view."""
-        return self.window[:, :-1]
+        """What the model reads first, (batch, seq) int64; see `inputs`."""
+        return self.inputs["tokens"]
 
     @property
     def targets(self) -> torch.Tensor:
-        """(batch, seq) int64, the tokens one place on, a view."""
-        return self.window[:, 1:]
+        """(batch, targets) int64, a view; below 0 where none counts."""
+        return self.window[:, self.columns["targets"]]
 
 
 class BatchStream:
-    """The micro batches of one data rank, step by step.
+    """The micro batches of one data rank, step by step, of the same shapes all of them.
 
     The global batch of step s is samples [s G, (s + 1) G) of the source, whatever the number of ranks and the size of
     micro batches. Data rank r takes the r-th of `data_size` equal parts, and splits it in order.
@@ -55,9 +70,11 @@ class BatchStream:
         data_rank: this rank's place on the data axis.
         data_size: length of the data axis.
         prefetch: steps that are read ahead, at least 1.
+        objective: what becomes of samples, a function of their place in the source; default: the next token.
 
     Raises:
-        MegamupError: G isn't a multiple of micro_sequences * data_size.
+        MegamupError: G isn't a multiple of micro_sequences * data_size, or the source's samples aren't of the length
+            that the objective takes.
     """
 
     def __init__(
@@ -68,17 +85,23 @@ class BatchStream:
         data_rank: int = 0,
         data_size: int = 1,
         prefetch: int = 2,
+        objective: Objective | None = None,
     ) -> None:
         if global_sequences % (micro_sequences * data_size):
             raise MegamupError(
                 f"batch.global_sequences={global_sequences} isn't a multiple of batch.micro_sequences="
                 f"{micro_sequences} times {data_size} data ranks"
             )
+        used = objective or Causal(source.seq_len)
+        if used.raw_len != source.seq_len:
+            raise MegamupError(f"samples of {source.seq_len} tokens, where the objective takes {used.raw_len}")
         self.source = source
         self.global_sequences = global_sequences
         self._prefetch = prefetch
         sequences = global_sequences // data_size
-        self._read = partial(read_step, source, global_sequences, data_rank * sequences, sequences, micro_sequences)
+        self._read = partial(
+            read_step, source, used, global_sequences, data_rank * sequences, sequences, micro_sequences
+        )
         self._thread: ThreadPoolExecutor | None = None  # started by the first call, so that forks before are safe
         self._ahead: deque[tuple[int, Future[list[TensorBatch]]]] = deque()
 
@@ -116,20 +139,24 @@ def start_thread() -> ThreadPoolExecutor:
 
 
 def read_step(
-    source: SampleSource, stride: int, offset: int, sequences: int, micro_sequences: int, step: int
+    source: SampleSource,
+    objective: Objective,
+    stride: int,
+    offset: int,
+    sequences: int,
+    micro_sequences: int,
+    step: int,
 ) -> list[TensorBatch]:
     """The `sequences` samples from step * stride + offset on, as micro batches.
 
     No method of `BatchStream`: a stream that is dropped while it reads ahead is then gone, and its thread with it.
     """
-    window = torch.empty((sequences, source.seq_len + 1), dtype=torch.int64, pin_memory=torch.cuda.is_available())
+    window = torch.empty((sequences, objective.width), dtype=torch.int64, pin_memory=torch.cuda.is_available())
     indices = np.arange(sequences) + (step * stride + offset)
-    batch = collate(source, indices, window.numpy())
+    batch = collate(source, indices, window.numpy(), objective)
     return [tensor_batch(batch, window, slice(i, i + micro_sequences)) for i in range(0, sequences, micro_sequences)]
 
 
 def tensor_batch(batch: Batch, window: torch.Tensor, rows: slice) -> TensorBatch:
     """Rows of a step's batch; `window` shares the batch's memory."""
-    counts, seq_len = batch.n_targets[rows], window.shape[1] - 1
-    mask = None if counts.min() == seq_len else torch.from_numpy(target_mask(counts, seq_len))
-    return TensorBatch(window[rows], int(counts.sum()), mask)
+    return TensorBatch(window[rows], batch.columns, int(batch.n_targets[rows].sum()))

@@ -61,7 +61,7 @@ class Manifest:
     max_id: int
     eod_id: int
     text_bytes: int
-    """UTF-8 bytes of the documents' text."""
+    """UTF-8 bytes of the documents' text; 0 where they weren't counted."""
     tokenizer: TokenizerEntry
     shards: tuple[ShardEntry, ...]
     sources: list[dict[str, Any]] = field(default_factory=list)
@@ -70,6 +70,8 @@ class Manifest:
     """Documents that were read and are not here, by reason."""
     inexact_cuts: int = 0
     """Places where a long document was encoded in two parts whose tokens there aren't those of the whole."""
+    text_words: int = 0
+    """Words of the documents' text, as white space parts them; 0 where they weren't counted."""
 
     @property
     def content_hash(self) -> str:
@@ -88,7 +90,7 @@ class Manifest:
     def read(path: Path) -> Manifest:
         """Raises MegamupError where the file is broken or lacks a key."""
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = {"text_words": 0} | json.loads(path.read_text(encoding="utf-8"))  # older ones don't count them
             known = {item.name: values[item.name] for item in fields(Manifest)}
             known["tokenizer"] = TokenizerEntry(**values["tokenizer"])
             known["shards"] = tuple(ShardEntry(**shard) for shard in values["shards"])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +13,8 @@ import numpy as np
 
 from megamup.config import Config
 from megamup.data.blend import Blend, Chain
-from megamup.data.corpus import Corpus
+from megamup.data.corpus import Corpus, TextCounts, text_counts
+from megamup.data.objectives import Objective, open_objective
 from megamup.data.permutation import Indices
 from megamup.data.samples import PackedSamples, SequentialSamples
 from megamup.errors import MegamupError
@@ -115,25 +117,56 @@ def train_line(source: TrainSource, share: float, epochs: float) -> str:
     return line
 
 
+@dataclass(frozen=True)
+class ValidSet:
+    """Held-out samples that have a loss of their own, one corpus after the other."""
+
+    name: str
+    corpora: tuple[Corpus, ...]
+    stream: Chain
+
+    @property
+    def text(self) -> TextCounts:
+        """What its tokens were before."""
+        return text_counts(self.corpora)
+
+
 class ValidData:
     """The held-out samples, every token of every corpus a target once.
+
+    Args:
+        sets: prefixes by the name of their set, at least one.
+        seq_len: targets of a sample.
+        vocab_size: the model's.
+        cache: see `Corpus`.
 
     Raises:
         MegamupError: as `TrainData`.
     """
 
-    def __init__(self, prefixes: Sequence[str], *, seq_len: int, vocab_size: int, cache: Path | None = None) -> None:
-        self.corpora = [Corpus(prefix, cache) for prefix in prefixes]
+    def __init__(
+        self, sets: Mapping[str, Sequence[str]], *, seq_len: int, vocab_size: int, cache: Path | None = None
+    ) -> None:
+        self.sets: list[ValidSet] = []
+        for name, prefixes in sets.items():
+            corpora = tuple(Corpus(prefix, cache) for prefix in prefixes)
+            stream = Chain([SequentialSamples(corpus, seq_len, vocab_size) for corpus in corpora])
+            self.sets.append(ValidSet(name, corpora, stream))
+        self.corpora = [corpus for each in self.sets for corpus in each.corpora]
         check_different("data.valid", self.corpora)
-        self.samples = [SequentialSamples(corpus, seq_len, vocab_size) for corpus in self.corpora]
-        self.stream = Chain(self.samples)
-        self.names = unique_names(prefixes)
+        self.names = unique_names([corpus.prefix for corpus in self.corpora])
+
+    @property
+    def content_hash(self) -> str:
+        """Of the corpora, in order."""
+        return hashlib.sha256("".join(corpus.content_hash for corpus in self.corpora).encode()).hexdigest()
 
     def summary(self, train: Iterable[Corpus]) -> list[str]:
         """A line a corpus, which tells if it is trained on."""
         seen = {corpus.stream_sample for corpus in train}
+        set_of = {corpus: f" ({each.name})" for each in self.sets for corpus in each.corpora if len(self.sets) > 1}
         return [
-            f"data.valid {name}: {corpus.n_tokens:,} tokens"
+            f"data.valid {name}{set_of.get(corpus, '')}: {corpus.n_tokens:,} tokens"
             + (
                 "; warning: trained on, so that its loss says nothing of new text"
                 if corpus.stream_sample in seen
@@ -149,6 +182,10 @@ class RunData:
 
     train: TrainData
     valid: ValidData | None
+    objective: Objective
+    """What becomes of training samples."""
+    valid_objective: Objective
+    """Of held-out ones: the same, drawn alike for every seed."""
 
     def summary(self, n_samples: int) -> list[str]:
         """What a run of `n_samples` reads, in lines for its user."""
@@ -160,19 +197,32 @@ def open_run_data(config: Config) -> RunData:
     """Open and check all data of a run.
 
     Raises:
+        MegamupError: see `TrainData` and `open_objective`; corpora of different tokenizers.
+    """
+    data = config.data
+    wanted = [Wanted(source.prefix, source.weight, source.fraction or data.fraction) for source in data.train_sources]
+    vocab_size, cache = config.model.vocab_size, cache_folder(config)
+    train = TrainData(wanted, seq_len=config.raw_len, vocab_size=vocab_size, seed=config.run.seed, cache=cache)
+    valid = open_valid_data(config) if data.valid_sets else None
+    corpora = [*train.corpora, *(valid.corpora if valid else [])]
+    check_tokenizers(corpora)
+    return RunData(train, valid, open_objective(config, corpora), open_objective(config, corpora, held_out=True))
+
+
+def open_valid_data(config: Config) -> ValidData:
+    """Open and check the held-out data of a run, which has some.
+
+    Raises:
         MegamupError: see `TrainData`; corpora of different tokenizers.
     """
-    data, cache = config.data, None if config.data.cache is None else Path(config.data.cache)
-    wanted = [Wanted(source.prefix, source.weight, source.fraction or data.fraction) for source in data.train_sources]
-    train = TrainData(
-        wanted, seq_len=config.seq_len, vocab_size=config.model.vocab_size, seed=config.run.seed, cache=cache
-    )
-    valid = None
-    if data.valid_sources:
-        prefixes = [source.prefix for source in data.valid_sources]
-        valid = ValidData(prefixes, seq_len=config.seq_len, vocab_size=config.model.vocab_size, cache=cache)
-    check_tokenizers([*train.corpora, *(valid.corpora if valid else [])])
-    return RunData(train, valid)
+    vocab_size, cache = config.model.vocab_size, cache_folder(config)
+    valid = ValidData(config.data.valid_sets, seq_len=config.raw_len, vocab_size=vocab_size, cache=cache)
+    check_tokenizers(valid.corpora)
+    return valid
+
+
+def cache_folder(config: Config) -> Path | None:
+    return None if config.data.cache is None else Path(config.data.cache)
 
 
 def check_different(key: str, corpora: Sequence[Corpus]) -> None:

@@ -48,7 +48,7 @@ class Permutation:
         modulus, other = np.uint64(self._a), np.uint64(self._b)
         right, left = np.divmod(values, modulus)
         for key in self._keys:
-            moved = left + _mix(right ^ key) % modulus
+            moved = left + mix(right ^ key) % modulus
             left, right = right, np.minimum(moved, moved - modulus)  # below zero wraps to a large number
             modulus, other = other, modulus
         return right * np.uint64(self._a) + left
@@ -84,7 +84,7 @@ class InBlocks:
         return one, other
 
 
-def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+def mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """The finaliser of SplitMix64 (Steele, Lea and Flood 2014), in place: every input bit changes every output bit."""
     x ^= x >> np.uint64(30)
     x *= np.uint64(0xBF58476D1CE4E5B9)

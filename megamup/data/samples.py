@@ -112,9 +112,7 @@ class SequentialSamples:
 
     def __init__(self, corpus: Corpus, seq_len: int, vocab_size: int) -> None:
         self.corpus, self.seq_len, self.vocab_size = corpus, seq_len, vocab_size
-        # A corpus without a manifest comes from Megatron, whose --append-eod ends it with that token.
-        last = int(corpus.tokens(corpus.n_tokens - 1, corpus.n_tokens)[0])
-        self._eod = last if corpus.eod_id is None else corpus.eod_id
+        self._eod = eod_of(corpus)
         check_vocabulary(corpus, vocab_size)
 
     def __len__(self) -> int:
@@ -131,6 +129,13 @@ class SequentialSamples:
 
     def n_targets(self, indices: Indices) -> Indices:
         return np.clip(self.corpus.n_tokens - indices * self.seq_len, 0, self.seq_len)
+
+
+def eod_of(corpus: Corpus) -> int:
+    """The token that ends documents. A corpus without a manifest comes from Megatron, whose --append-eod ends it so."""
+    if corpus.eod_id is not None:
+        return corpus.eod_id
+    return int(corpus.tokens(corpus.n_tokens - 1, corpus.n_tokens)[0])
 
 
 def check_vocabulary(corpus: Corpus, vocab_size: int) -> None:

@@ -285,6 +285,7 @@ class CorpusWriter:
         eod_id: int,
         tokenizer: TokenizerEntry,
         text_bytes: int = 0,
+        text_words: int = 0,
         sources: list[dict[str, Any]] | None = None,
     ) -> Manifest:
         """Bring everything to the disk and publish it.
@@ -305,6 +306,7 @@ class CorpusWriter:
             max_id=self.max_id,
             eod_id=eod_id,
             text_bytes=text_bytes,
+            text_words=text_words,
             tokenizer=tokenizer,
             shards=tuple(self._entries),
             sources=sources or [],

@@ -9,8 +9,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from megamup import kernel_rules
 from megamup.config import Config
 from megamup.errors import MegamupError
+from megamup.kernel_rules import BACKENDS
 from megamup.kernels import attention, matmul, mlp, norm, rotary
 
 INSTALL = "pip install 'megamup[cuda]'"
@@ -21,11 +23,13 @@ class Kernels:
     attention: attention.Attention
     rms_norm: norm.RmsNorm
     layer_norm: norm.LayerNorm
-    swiglu: mlp.Gated
-    geglu: mlp.Gated
-    gelu: mlp.Gelu
+    activation: mlp.Activation
+    """``model.activation``, of (gate, up) where that is gated."""
     rotate: rotary.Rotate
     linear: matmul.Linear
+    overlaps: bool
+    """Products with tensor-cut weights and the collectives around them are one operator, in which they overlap
+    (`megamup.parallel.products`); else `linear` comes before or after a collective."""
     names: Mapping[str, str]
     """Operation -> backend, for environment.json; ``cross_entropy`` too, which `megamup.parallel.loss` computes."""
 
@@ -44,20 +48,6 @@ class Machine:
         return cls(device_type, torch.cuda.get_device_capability() if device_type == "cuda" else None)
 
 
-BACKENDS: dict[str, tuple[str, ...]] = {
-    "attention": ("flash_attn", "sdpa", "flex", "reference"),
-    "norm": ("liger", "torch", "reference"),
-    "mlp": ("liger", "torch", "reference"),
-    "rotary": ("liger", "torch", "reference"),
-    "cross_entropy": ("liger", "fused", "reference"),
-    "matmul": ("torch", "fp8"),
-}
-"""The backends of every operation."""
-
-
-FLASH_WIDEST_HEAD = 256
-FLEX_NARROWEST_HEAD = 16
-LIGER_WIDEST_ROW = 65_536  # of a norm or an activation, which a kernel holds in one block
 LIGER = {"norm": "rms_norm", "mlp": "swiglu", "rotary": "rope", "cross_entropy": "fused_linear_cross_entropy"}
 """The module of Liger's kernels for an operation."""
 
@@ -81,16 +71,27 @@ def interpreted() -> bool:
 
 def available(op: str, backend: str, config: Config, machine: Machine) -> str | None:
     """Why ``backend`` can't serve ``op`` of this model on this machine; None if it can."""
+    return machine_lacks(backend, machine) or kernel_rules.lacks(op, backend, config) or uninstalled(op, backend)
+
+
+def machine_lacks(backend: str, machine: Machine) -> str | None:
     match backend:
         case "flash_attn":
-            return flash_attn_lacks(config, machine)
+            return gpu_lacks(machine)
+        case "flex" if machine.device_type == "cpu":
+            return "it needs CUDA: torch's flex attention has no backward pass on a CPU"
         case "flex":
-            return flex_lacks(config, machine)
-        case "liger":
-            return liger_lacks(op, config, machine)
-        case "fp8":
-            return fp8_lacks(config, machine)
+            return gpu_lacks(machine)
+        case "liger" if not interpreted():
+            return gpu_lacks(machine)
+        case "fp8" if machine.capability is not None and machine.capability < matmul.FIRST_CAPABILITY:
+            return f"it needs an Ada or Hopper GPU or later (capability 8.9), this one has {machine.capability}"
     return None
+
+
+def uninstalled(op: str, backend: str) -> str | None:
+    modules = {"flash_attn": "flash_attn", "flex": "triton", "liger": f"liger_kernel.ops.{LIGER.get(op)}"}
+    return import_error(modules[backend]) if backend in modules else None
 
 
 def gpu_lacks(machine: Machine) -> str | None:
@@ -102,68 +103,29 @@ def gpu_lacks(machine: Machine) -> str | None:
     return None
 
 
-def flex_lacks(config: Config, machine: Machine) -> str | None:
-    if machine.device_type == "cpu":
-        return "it needs CUDA: torch's flex attention has no backward pass on a CPU"
-    if config.model.d_head < FLEX_NARROWEST_HEAD:
-        return f"it needs model.d_head of {FLEX_NARROWEST_HEAD} or more, which is {config.model.d_head}"
-    return gpu_lacks(machine) or import_error("triton")
-
-
-def flash_attn_lacks(config: Config, machine: Machine) -> str | None:
-    if reason := gpu_lacks(machine):
-        return reason
-    if config.precision != "bf16":
-        return f"it computes in 16 bits only: precision is {config.precision}, set precision=bf16"
-    if config.model.d_head > FLASH_WIDEST_HEAD:
-        return f"it takes model.d_head up to {FLASH_WIDEST_HEAD}, which is {config.model.d_head}"
-    return import_error("flash_attn")
-
-
-def liger_lacks(op: str, config: Config, machine: Machine) -> str | None:
-    model, tensor = config.model, config.parallel.tensor
-    if (reason := gpu_lacks(machine)) and not interpreted():
-        return reason
-    if op == "mlp" and model.arch == "gpt":
-        return "its GELU is the tanh approximation, model.arch=gpt has the exact one"
-    if op == "cross_entropy" and tensor > 1:
-        return f"its vocabulary is whole on each rank, parallel.tensor={tensor} cuts it"
-    row = {"norm": model.d_model, "mlp": model.d_ff // tensor}.get(op, 0)
-    if row > LIGER_WIDEST_ROW:
-        return f"it takes rows of up to {LIGER_WIDEST_ROW} elements, these have {row}"
-    return import_error(f"liger_kernel.ops.{LIGER[op]}")
-
-
-def fp8_lacks(config: Config, machine: Machine) -> str | None:
-    if machine.capability is not None and machine.capability < matmul.FIRST_CAPABILITY:
-        return f"it needs an Ada or Hopper GPU or later (capability 8.9), this one has {machine.capability}"
-    model, tensor = config.model, config.parallel.tensor
-    sides = {
-        "model.d_model": model.d_model,
-        "model.n_heads · model.d_head / parallel.tensor": model.n_heads * model.d_head // tensor,
-        "model.n_kv_heads · model.d_head / parallel.tensor": model.n_kv_heads * model.d_head // tensor,
-        "model.d_ff / parallel.tensor": model.d_ff // tensor,
-        "data.seq_len · batch.micro_sequences (1 where it is not set) / parallel.context": config.seq_len
-        * (config.batch.micro_sequences or 1)
-        // config.parallel.context,
-    }
-    for key, side in sides.items():
-        if side % matmul.MULTIPLE:
-            return f"it needs products whose sides are multiples of {matmul.MULTIPLE}: {key} is {side}"
-    return None
-
-
 def fastest(op: str, config: Config, machine: Machine) -> list[str]:
     """The backends that ``auto`` tries, in this order; the last of each can run anywhere."""
     on_gpu = machine.device_type == "cuda"
     if op == "attention":
-        # On Hopper and later sdpa is cuDNN, ahead of FlashAttention-2, which is written for Ampere (Shah et al. 2024).
-        ampere = machine.capability is not None and machine.capability < (9, 0)
-        return ["flash_attn", "sdpa"] if ampere else ["sdpa"]
+        return fastest_attention(config, machine)
     if op == "cross_entropy":
         return ["liger", "fused"] if on_gpu else ["fused"]
     # Compiled, torch's operators are fused with what stands before and after them, which a kernel of Liger's can't be.
     return ["liger", "torch"] if on_gpu and not config.kernels.compile else ["torch"]
+
+
+def fastest_attention(config: Config, machine: Machine) -> list[str]:
+    """Not measured here; on a CPU there is torch's, and the plain one."""
+    model = config.model
+    anywhere = ["sdpa", "reference"]
+    if machine.device_type == "cpu" or (model.positions == "relative" and model.attention_soft_cap is None):
+        return anywhere
+    if model.window is not None or config.data.documents or model.attention_soft_cap is not None:
+        # Both skip what is hidden and have the cap; torch's would read, and keep, a dense mask.
+        return ["flash_attn", "flex", *anywhere]
+    # On Hopper and later sdpa is cuDNN, ahead of FlashAttention-2, which is written for Ampere (Shah et al. 2024).
+    ampere = machine.capability is not None and machine.capability < (9, 0)
+    return ["flash_attn", *anywhere] if ampere else anywhere
 
 
 def chosen(op: str, config: Config, machine: Machine) -> str:
@@ -190,20 +152,18 @@ def choose(config: Config, device_type: str) -> Kernels:
     """
     machine = Machine.of(device_type)
     names = {op: chosen(op, config, machine) for op in BACKENDS}
-    kernels = kernels_of(names, machine)
+    kernels = kernels_of(names, machine, config.model.activation)
     if names["matmul"] == "fp8" and device_type == "cpu":
         return replace(kernels, names=names | {"matmul": matmul.EMULATED})
     return kernels
 
 
-def kernels_of(names: Mapping[str, str], machine: Machine) -> Kernels:
+def kernels_of(names: Mapping[str, str], machine: Machine, activation: str) -> Kernels:
     hopper = machine.capability is not None and machine.capability >= (9, 0)
-    sdpa = attention.cudnn_sdpa if hopper else attention.sdpa
-    exact = "torch" if names["mlp"] == "liger" else names["mlp"]  # of GELU, which Liger hasn't
     return Kernels(
         attention={
             "flash_attn": attention.flash_attn,
-            "sdpa": sdpa,
+            "sdpa": attention.cudnn_sdpa if hopper else attention.sdpa,
             "flex": attention.flex,
             "reference": attention.reference,
         }[names["attention"]],
@@ -217,12 +177,11 @@ def kernels_of(names: Mapping[str, str], machine: Machine) -> Kernels:
             "torch": norm.torch_layer_norm,
             "reference": norm.reference_layer_norm,
         }[names["norm"]],
-        swiglu={"liger": mlp.liger_swiglu, "torch": mlp.torch_swiglu, "reference": mlp.reference_swiglu}[names["mlp"]],
-        geglu={"torch": mlp.torch_geglu, "reference": mlp.reference_geglu}[exact],
-        gelu={"torch": mlp.torch_gelu, "reference": mlp.reference_gelu}[exact],
+        activation={"liger": mlp.LIGER, "torch": mlp.TORCH, "reference": mlp.REFERENCE}[names["mlp"]][activation],
         rotate={"liger": rotary.liger_rotate, "torch": rotary.torch_rotate, "reference": rotary.reference_rotate}[
             names["rotary"]
         ],
         linear={"torch": matmul.torch_linear, "fp8": matmul.fp8_linear}[names["matmul"]],
+        overlaps=names["matmul"] == "torch",
         names=names,
     )

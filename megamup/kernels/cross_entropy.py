@@ -13,33 +13,40 @@ from torch import Tensor
 IGNORED = -100
 
 
-def liger(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, multiplier: float) -> Tensor:
-    """Sum of weights · cross-entropy(multiplier · hidden Wᵀ), a scalar in fp32.
+def liger(
+    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, multiplier: float, bias: Tensor | None = None
+) -> Tensor:
+    """Sum of weights · cross-entropy(multiplier · hidden Wᵀ + bias), a scalar in fp32.
 
     Where all weights but zeros are equal, as a mask's are, gradients are computed with the loss. Else logits are
     computed again in the backward pass, since each row's gradient has to be weighted before rows are summed.
 
+    The multiplier is applied to the weight before that is cast, so that masters in fp32 are rounded once, as they would
+    be without it. bf16 weights are rounded a second time unless it is a power of two; so would hidden states be.
+
     Args:
         hidden: (tokens, d_model).
         weight: (vocab, d_model), of any float type; its gradient is summed over rows in fp32.
-        targets: (tokens,), int64.
+        targets: (tokens,), int64; below zero where no token is meant.
         weights: (tokens,), or one number.
         multiplier: the readout's.
+        bias: (vocab,)
     """
-    matrix = weight.to(hidden.dtype)
-    scaled = hidden if multiplier == 1.0 else hidden * multiplier
+    matrix = (weight if multiplier == 1.0 else weight * multiplier).to(hidden.dtype)
+    added = None if bias is None else bias.to(hidden.dtype)
     if weights.dim() == 0:
-        return fused(scaled, matrix, targets, "sum") * weights
+        return fused(hidden, matrix, added, targets.masked_fill(targets < 0, IGNORED), "sum") * weights
     factor = weights.amax()
+    counted = targets.masked_fill((targets < 0) | (weights == 0), IGNORED)
     if bool(((weights == 0) | (weights == factor)).all()):
-        return fused(scaled, matrix, targets.masked_fill(weights == 0, IGNORED), "sum") * factor
-    return (fused(scaled, matrix, targets, "none") * weights).sum()
+        return fused(hidden, matrix, added, counted, "sum") * factor
+    return (fused(hidden, matrix, added, counted, "none") * weights).sum()
 
 
-def fused(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> Tensor:
+def fused(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, reduction: str) -> Tensor:
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
-    bias = class_weights = softcap = None
+    class_weights = softcap = None
     z_loss, smoothing, return_z_loss = 0.0, 0.0, False
     loss, *_ = LigerFusedLinearCrossEntropyFunction.apply(
         hidden, weight, targets, bias, class_weights, IGNORED, z_loss, smoothing, reduction, softcap, return_z_loss,

@@ -29,8 +29,6 @@ FIRST_CAPABILITY = (8, 9)
 """CUDA devices from Ada on multiply 8-bit floats."""
 EMULATED = "fp8 (emulated)"
 """What a run on a CPU says that it computes with."""
-MULTIPLE = 16
-"""What a GPU's product of 8-bit floats wants every side to be a multiple of."""
 SMALLEST = 2.0**-60
 """A tensor whose elements are all smaller, such as zeros, is scaled as if this were its largest."""
 
@@ -103,7 +101,7 @@ class _Fp8Linear(torch.autograd.Function):
 def fp8_linear(x: Tensor, weight: Tensor) -> Tensor:
     """``x Wᵀ`` and its gradients in 8-bit floats: bf16 (..., d_in) and (d_out, d_in) to (..., d_out).
 
-    Sides are multiples of `MULTIPLE`, rows too where there is a backward pass. Meant for compiled blocks: there the
-    scaling is fused with what computes the tensor, run eagerly it takes more time than 8 bits save.
+    Sides are multiples of `kernel_rules.FP8_MULTIPLE`, rows too where there is a backward pass. Meant for compiled
+    blocks: there the scaling is fused with what computes the tensor, run eagerly it takes more time than 8 bits save.
     """
     return cast(Tensor, _Fp8Linear.apply(x, weight))  # type: ignore[no-untyped-call]

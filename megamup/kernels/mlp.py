@@ -1,7 +1,8 @@
-"""Activations between an MLP's products: (..., d_ff) in, the same shape and type out.
+"""Activations between an MLP's products, by the names of ``model.activation``: (..., d_ff) in, the same shape and type
+out. Gated ones (Shazeer 2020) take (gate, up), the others (up).
 
-Liger's kernels have GELU's tanh approximation only, which is another function (5e-4 off) than the exact one that the
-models use, so there is no Liger backend of `gelu` and `geglu`.
+GELU is x·Φ(x) with the normal distribution's Φ (Hendrycks & Gimpel 2016), exact by erf or, as ``_tanh``, in the paper's
+approximation, which is another function (5e-4 off). ReLU squared is So et al. 2021's.
 """
 
 from __future__ import annotations
@@ -13,39 +14,69 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Gelu = Callable[[Tensor], Tensor]
-Gated = Callable[[Tensor, Tensor], Tensor]
-"""(gate, up)"""
+Activation = Callable[..., Tensor]
+"""(gate, up) where it is gated, (up) where not"""
+Function = Callable[[Tensor], Tensor]
 
 
-def reference_gelu(x: Tensor) -> Tensor:
-    """x·Φ(x) with the normal distribution's Φ by erf (Hendrycks & Gimpel 2016), in fp32 (or fp64) until the end."""
-    exact = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (exact * 0.5 * (1 + torch.erf(exact / math.sqrt(2)))).to(x.dtype)
+def gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
 
 
-def reference_swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate)·up (Shazeer 2020), in fp32 (or fp64) until the end."""
-    exact = gate.to(torch.promote_types(gate.dtype, torch.float32))
-    return (exact * torch.sigmoid(exact) * up.to(exact.dtype)).to(gate.dtype)
+def relu2(x: Tensor) -> Tensor:
+    return F.relu(x).square()
 
 
-def reference_geglu(gate: Tensor, up: Tensor) -> Tensor:
-    """gelu(gate)·up (Shazeer 2020), in fp32 (or fp64) until the end."""
-    exact = gate.to(torch.promote_types(gate.dtype, torch.float32))
-    return (reference_gelu(exact) * up.to(exact.dtype)).to(gate.dtype)
+def gated(function: Function) -> Activation:
+    """function(gate) · up"""
+
+    def activation(gate: Tensor, up: Tensor) -> Tensor:
+        return function(gate) * up
+
+    return activation
 
 
-def torch_gelu(x: Tensor) -> Tensor:
-    return F.gelu(x)
+TORCH: dict[str, Activation] = {
+    "gelu": F.gelu,
+    "gelu_tanh": gelu_tanh,
+    "relu": F.relu,
+    "relu2": relu2,
+    "swiglu": gated(F.silu),
+    "geglu": gated(F.gelu),
+    "geglu_tanh": gated(gelu_tanh),
+}
 
 
-def torch_swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate) * up
+def plain(formula: Function) -> Activation:
+    """``formula``, times ``up`` where it is gated, in fp32 (or fp64) until the end."""
+
+    def activation(x: Tensor, *up: Tensor) -> Tensor:
+        exact = x.to(torch.promote_types(x.dtype, torch.float32))
+        y = formula(exact)
+        for factor in up:
+            y = y * factor.to(exact.dtype)
+        return y.to(x.dtype)
+
+    return activation
 
 
-def torch_geglu(gate: Tensor, up: Tensor) -> Tensor:
-    return F.gelu(gate) * up
+def normal_gelu(x: Tensor) -> Tensor:
+    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def approximate_gelu(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+REFERENCE: dict[str, Activation] = {
+    "gelu": plain(normal_gelu),
+    "gelu_tanh": plain(approximate_gelu),
+    "relu": plain(lambda x: x * (x > 0)),
+    "relu2": plain(lambda x: x * x * (x > 0)),
+    "swiglu": plain(lambda x: x * torch.sigmoid(x)),
+    "geglu": plain(normal_gelu),
+    "geglu_tanh": plain(approximate_gelu),
+}
 
 
 def liger_swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -53,3 +84,13 @@ def liger_swiglu(gate: Tensor, up: Tensor) -> Tensor:
     from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
     return LigerSiLUMulFunction.apply(gate, up)  # type: ignore[no-any-return]
+
+
+def liger_geglu_tanh(gate: Tensor, up: Tensor) -> Tensor:
+    """Liger's kernel, which does as `liger_swiglu`'s."""
+    from liger_kernel.ops.geglu import LigerGELUMulFunction
+
+    return LigerGELUMulFunction.apply(gate, up)  # type: ignore[no-any-return]
+
+
+LIGER: dict[str, Activation] = {"swiglu": liger_swiglu, "geglu_tanh": liger_geglu_tanh}

@@ -1,4 +1,5 @@
-"""Norms over the last dim: (..., d_model) in, the same shape and type out. Weights may have another type: fp32 masters.
+"""Norms over the last dim, d_model or a head's d_head: (..., width) in, the same shape and type out. Weights, (width,),
+may have another type: fp32 masters.
 
 RMSNorm: Zhang & Sennrich 2019. LayerNorm: Ba et al. 2016.
 """

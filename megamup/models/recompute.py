@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-Transform = Callable[[Tensor], Tensor]
-Recompute = Callable[[Transform, Tensor], Tensor]
-"""Applies a block's transform to its input, and decides what of it is kept."""
+Transform = Callable[..., Tensor]
+Recompute = Callable[..., Tensor]
+"""Applies a block's transform to its inputs, the residual stream first, and decides what of it is kept."""
 
 aten, collectives = torch.ops.aten, torch.ops._c10d_functional
 KEPT = {
@@ -41,18 +41,20 @@ def policy(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def keep_all(transform: Transform, x: Tensor) -> Tensor:
-    return transform(x)
+def keep_all(transform: Transform, *inputs: Tensor) -> Tensor:
+    return transform(*inputs)
 
 
-def full(transform: Transform, x: Tensor) -> Tensor:
-    """Keep the block's input alone."""
-    return cast(Tensor, checkpoint(transform, x, use_reentrant=False, preserve_rng_state=False))
+def full(transform: Transform, *inputs: Tensor) -> Tensor:
+    """Keep the block's inputs alone."""
+    return cast(Tensor, checkpoint(transform, *inputs, use_reentrant=False, preserve_rng_state=False))
 
 
-def selective(transform: Transform, x: Tensor) -> Tensor:
+def selective(transform: Transform, *inputs: Tensor) -> Tensor:
     contexts = partial(create_selective_checkpoint_contexts, policy)
-    return cast(Tensor, checkpoint(transform, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts))
+    return cast(
+        Tensor, checkpoint(transform, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+    )
 
 
 def recompute(setting: Literal["none", "selective", "full"] | int, layer: int) -> Recompute:

@@ -35,6 +35,8 @@ class Context:
     dtype: torch.dtype
     """Type of the activations."""
     kernels: Kernels
+    micro_batches: int = 1
+    """Of a training step on each rank; what layers add to the gradients themselves is one of so many parts."""
 
     def parameter(self, name: str) -> nn.Parameter:
         """Build this rank's shard of the parameter called ``name``, with the inventory's entry on it."""
@@ -96,7 +98,7 @@ class ColumnParallelLinear(nn.Module):
 def column_parallel(x: Tensor, layers: tuple[ColumnParallelLinear, ...], at: Mesh, kernels: Kernels) -> list[Tensor]:
     """Apply column layers that share an input, entering the sharded region once for all."""
     weights = tuple(layer.weight.to(x.dtype) for layer in layers)
-    if kernels.names["matmul"] == "torch":
+    if kernels.overlaps:
         products = column_products(x, weights, at.tensor, at.sequence)
     else:
         x = enter(x, at.tensor, at.sequence)
@@ -118,7 +120,7 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, at = self.weight.to(x.dtype), self.mesh
-        if self.kernels.names["matmul"] == "torch":
+        if self.kernels.overlaps:
             y = row_product(x, weight, at.tensor, at.sequence)
         else:
             y = leave(self.kernels.linear(x, weight), at.tensor, at.sequence)

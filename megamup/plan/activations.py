@@ -1,102 +1,18 @@
 """The graph of a block, as operations with their bytes: what `megamup.models.blocks` does with each backend.
 
 Which tensors an operation saves is torch's and the kernels' own doing (the derivative formulas of each); the parts of
-models/blocks.py and of these functions correspond name by name.
+models/{blocks,attention,mlp,norm}.py and of these functions correspond name by name.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from typing import Literal
+from functools import lru_cache
 
-from megamup.config import Config, micro_batches
-from megamup.mup import readout_multiplier
+from megamup.plan.setting import Setting
 from megamup.plan.tape import Footprint, Op, Recompute, Tape
-from megamup.sections import Model
 
-Device = Literal["cpu", "cuda"]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a rank computes with at a time: all that the bytes of a block depend on."""
-
-    model: Model
-    seq_len: int
-    sequences: int
-    """In a micro batch."""
-    tensor: int
-    context: int
-    split: bool
-    """Sequence parallelism: the residual stream is cut over tensor ranks."""
-    bytes_each: int
-    """Of an activation."""
-    weight_bytes: int
-    """Of a weight as the model has it, and of its gradient."""
-    multiplies_logits: bool
-    chosen: tuple[tuple[str, str], ...]
-    """(operation, backend)"""
-    device: Device
-
-    @classmethod
-    def of(cls, config: Config, world_size: int, zero_stage: int, device: Device) -> Setting:
-        parallel, mixed = config.parallel, config.precision == "bf16"
-        return cls(
-            model=config.model,
-            seq_len=config.seq_len,
-            sequences=micro_batches(config, world_size)[0],
-            tensor=parallel.tensor,
-            context=parallel.context,
-            split=parallel.sequence,
-            bytes_each=2 if mixed else 4,
-            weight_bytes=2 if mixed and zero_stage > 0 else 4,
-            multiplies_logits=readout_multiplier(config) != 1.0,
-            chosen=tuple(backends(config, device).items()),
-            device=device,
-        )
-
-    @cached_property
-    def backends(self) -> dict[str, str]:
-        return dict(self.chosen)
-
-    @cached_property
-    def tokens(self) -> int:
-        """Within tensor-parallel regions."""
-        return self.sequences * self.seq_len // self.context
-
-    @cached_property
-    def stream_tokens(self) -> int:
-        """Of the residual stream."""
-        return self.tokens // self.tensor if self.split else self.tokens
-
-    @property
-    def casts(self) -> bool:
-        """Layers cast their weights to the activations' type on use, and autograd keeps the copies."""
-        return self.weight_bytes != self.bytes_each
-
-    @cached_property
-    def stream(self) -> int:
-        """Bytes of the residual stream."""
-        return self.stream_tokens * self.model.d_model * self.bytes_each
-
-    @cached_property
-    def whole(self) -> int:
-        """Bytes of as many features in all tokens of the sharded region."""
-        return self.tokens * self.model.d_model * self.bytes_each
-
-
-def backends(config: Config, device: Device) -> dict[str, str]:
-    """What ``auto`` stands for, as far as memory goes: flash-attn, SDPA and flex attention keep the same."""
-    kernels, liger = config.kernels, device == "cuda" and not config.kernels.compile
-    names = {
-        "attention": "sdpa",
-        "norm": "liger" if liger else "torch",
-        "mlp": "liger" if liger and config.model.arch == "llama" else "torch",
-        "rotary": "liger" if liger else "torch",
-        "cross_entropy": "liger" if device == "cuda" and config.parallel.tensor == 1 else "fused",
-    }
-    return {op: name if getattr(kernels, op) == "auto" else getattr(kernels, op) for op, name in names.items()}
+BUCKET_BYTES = 44
+"""Of a pair of positions, while it is told into which bucket its distance falls (`megamup.models.embeddings.bucket`)."""
 
 
 @lru_cache(maxsize=4096)
@@ -110,13 +26,32 @@ def block_footprint(at: Setting, recompute: Recompute, summed: bool) -> Footprin
 
 
 class BlockTape:
-    """Builds the tape of one block. Each method appends what a method of models/blocks.py does."""
+    """Builds the tape of one block. Each method appends what a method of the block's modules does."""
 
     def __init__(self, at: Setting, summed: bool) -> None:
         self.at, self.model, self.each = at, at.model, at.bytes_each
-        self.tape = Tape("x", at.stream, summed=summed)
-        middle = self.joined("x", self.attention(self.norm("x", "attention_norm")), "middle")
-        self.joined(middle, self.mlp(self.norm(middle, "mlp_norm")), "out")
+        self.tape = Tape("x", at.stream, summed=summed, outside={"memory": at.memory} if at.memory_len else {})
+        if self.model.parallel_block:
+            self.side_by_side()
+        elif self.model.norm_place == "before":
+            self.norms_first()
+        else:
+            self.norms_last()
+
+    def norms_first(self) -> None:
+        x = self.joined("x", self.attention(self.norm("x", "attention_norm")), "middle")
+        if self.at.memory_len:
+            x = self.joined(x, self.attention(self.norm(x, "cross_norm"), "cross ", "memory"), "seen")
+        self.joined(x, self.mlp(self.norm(x, "mlp_norm")), "out")
+
+    def norms_last(self) -> None:
+        x = self.norm(self.joined("x", self.attention("x"), "middle"), "attention_norm")
+        self.norm(self.joined(x, self.mlp(x), "out"), "mlp_norm")
+
+    def side_by_side(self) -> None:
+        same = self.norm("x", "attention_norm")
+        both = self.joined(self.attention(same), self.mlp(same), "both")
+        self.joined("x", both, "out")
 
     def add(self, *inputs: str, to: str, size: int, **rest: object) -> str:
         return self.tape.add(Op(inputs, to, size, **rest))  # type: ignore[arg-type]
@@ -124,17 +59,23 @@ class BlockTape:
     def norm(self, x: str, name: str) -> str:
         return add_norm(self.tape, self.at, x, name)
 
-    def products(self, x: str, widths: dict[str, int]) -> None:
+    def joined(self, x: str, added: str, to: str) -> str:
+        return self.add(x, added, to=to, size=self.at.stream, passes=True)
+
+    # ------------------------------------------------------------------- linear layers
+
+    def products(self, x: str, widths: dict[str, int], tokens: int) -> None:
         """`column_parallel`: x Wᵀ for every weight, whose rows over all ranks are ``widths``."""
         at, model = self.at, self.model
-        gathered = at.whole if at.split else 0
-        reduced = at.whole if at.tensor > 1 else 0
+        whole = tokens * model.d_model * self.each
+        gathered = whole if at.split else 0
+        reduced = whole if at.tensor > 1 else 0
         for name, width in widths.items():
             size = width // at.tensor * model.d_model
             self.add(
                 x,
                 to=name,
-                size=at.tokens * (width // at.tensor) * self.each,
+                size=tokens * (width // at.tensor) * self.each,
                 saves=(x,),
                 copies=2 * size if at.casts else 0,
                 scratch=gathered,
@@ -168,20 +109,33 @@ class BlockTape:
         )
         return self.biased(y, at.stream, holds)
 
-    def attention(self, x: str) -> str:
+    # ------------------------------------------------------------------- attention
+
+    def attention(self, x: str, name: str = "", memory: str | None = None) -> str:
+        """Of the stack to itself, or to ``memory``."""
         at, model = self.at, self.model
-        widths = {"query": model.n_heads * model.d_head}
-        widths |= dict.fromkeys(("key", "value"), model.n_kv_heads * model.d_head)
-        self.products(x, widths)
-        size = {name: at.tokens * (width // at.tensor) * self.each for name, width in widths.items()}
-        part = {name: self.exchanged(self.biased(name, size[name]), size[name]) for name in widths}
-        before = tuple(part.values())
-        if model.arch == "llama":
-            for name in ("query", "key"):
-                part[name] = self.rotated(part[name], size[name])
-        mixed = self.core(part["query"], part["key"], part["value"], size["query"])
-        mixed = self.exchanged(mixed, size["query"])
-        return self.row(mixed, "output", widths["query"], holds=(x, *before, mixed))
+        queries = {f"{name}query": model.n_heads * model.d_head}
+        keys = dict.fromkeys((f"{name}key", f"{name}value"), model.n_kv_heads * model.d_head)
+        self.products(x, queries, at.tokens)
+        self.products(memory or x, keys, at.memory_tokens if memory else at.tokens)
+        tokens = dict.fromkeys(queries, at.tokens) | dict.fromkeys(keys, at.memory_tokens if memory else at.tokens)
+        size = {part: tokens[part] * (width // at.tensor) * self.each for part, width in (queries | keys).items()}
+        parts = [self.exchanged(self.biased(part, size[part]), size[part]) for part in size]
+        before, sizes = tuple(parts), list(size.values())
+        if model.qk_norm:
+            for place in (0, 1):
+                parts[place] = self.head_norm(parts[place], sizes[place])
+        if model.positions == "rotary":
+            for place in (0, 1):
+                parts[place] = self.rotated(parts[place], sizes[place])
+        held = [x, *before]
+        bias = None
+        if model.positions == "relative" and memory is None:
+            bias = self.relative_bias(name)
+            held.append(bias)
+        mixed = self.core(parts[0], parts[1], parts[2], f"{name}mixed", sizes, bias)
+        mixed = self.exchanged(mixed, sizes[0])
+        return self.row(mixed, f"{name}output", model.n_heads * model.d_head, holds=(*held, mixed))
 
     def exchanged(self, x: str, size: int) -> str:
         """`exchange`: parts are stacked, sent and joined."""
@@ -189,26 +143,79 @@ class BlockTape:
             return x
         return self.add(x, to=f"{x} exchanged", size=size, scratch=2 * size, backward_scratch=2 * size, dear=True)
 
+    def head_norm(self, x: str, size: int) -> str:
+        rows = size // self.each // self.model.d_head
+        return add_norm(self.tape, self.at, x, f"{x} normed", size, rows, centred=False)
+
     def rotated(self, x: str, size: int) -> str:
         if self.at.backends["rotary"] == "liger":
             return self.add(x, to=f"{x} rotated", size=size)
         return self.add(x, to=f"{x} rotated", size=size, scratch=2 * size, backward_scratch=3 * size // 2)
 
-    def core(self, query: str, key: str, value: str, size: int) -> str:
+    def relative_bias(self, name: str) -> str:
+        """The bias of every pair of positions, of which the places in the table are kept."""
+        at = self.at
+        places = 8 * at.seq_len**2
+        return self.add(
+            to=f"{name}bias",
+            size=at.pairs * self.each,
+            hidden=places,
+            scratch=(BUCKET_BYTES - 8) * at.seq_len**2,
+            backward_scratch=at.pairs * self.each,
+        )
+
+    def core(self, query: str, key: str, value: str, to: str, sizes: list[int], bias: str | None) -> str:
         at, model = self.at, self.model
         heads = model.n_heads // at.tensor
-        if at.backends["attention"] != "reference":
-            saves, lse = (query, key, value, "mixed"), 4 * at.tokens * heads
-            return self.add(query, key, value, to="mixed", size=size, saves=saves, hidden=lse, dear=True)
-        # Scores, masked scores and softmax in fp32, of which the softmax stays, as do keys and values for every head.
-        scores = 4 * at.tokens * heads * at.seq_len
-        repeated = 2 * 4 * at.tokens * heads * model.d_head if model.n_kv_heads < model.n_heads or self.each < 4 else 0
+        if at.backends["attention"] == "reference":
+            return self.plain(query, key, value, to, sizes)
+        if bias is not None:
+            return self.core_with_bias(query, key, value, to, sizes, bias)
+        saves, lse = (query, key, value, to), 4 * at.tokens * heads
+        return self.add(query, key, value, to=to, size=sizes[0], saves=saves, hidden=lse, dear=True)
+
+    def core_with_bias(self, query: str, key: str, value: str, to: str, sizes: list[int], bias: str) -> str:
+        """torch's fused attention: on CUDA its memory-efficient kernel, which returns the bias' gradient for every
+        sequence; on a CPU, none of whose kernels has that gradient, products and a softmax of their own."""
+        at, model = self.at, self.model
+        heads = model.n_heads // at.tensor
+        repeated = 2 * (sizes[0] - sizes[1])  # keys and values for every head
+        added = bias
+        if at.causal:
+            added = self.add(bias, to=f"{bias} masked", size=at.pairs * self.each, hidden=at.seq_len**2)
+        if at.device == "cuda":
+            return self.add(
+                query, key, value, added,
+                to=to,
+                size=sizes[0],
+                saves=(query, to, added) if repeated else (query, key, value, to, added),
+                hidden=4 * at.tokens * heads + (2 * sizes[0] if repeated else 0),
+                backward_scratch=at.sequences * at.pairs * self.each + (2 * sizes[0] if repeated else 0),
+                dear=True,
+            )  # fmt: skip
+        scores = 4 * at.sequences * at.pairs  # in fp32, as are query, key and value, all of them copied
+        return self.add(
+            query, key, value, added,
+            to=to,
+            size=sizes[0],
+            hidden=scores + 3 * sizes[0] * 4 // self.each,
+            scratch=scores * 9 // 4,
+            backward_scratch=2 * scores,
+        )  # fmt: skip
+
+    def plain(self, query: str, key: str, value: str, to: str, sizes: list[int]) -> str:
+        """Scores, masked scores and softmax in fp32, of which the softmax stays, as do keys and values for every head."""
+        at, model = self.at, self.model
+        heads, keys = model.n_heads // at.tensor, at.memory_len if "cross" in to else at.seq_len
+        scores = 4 * at.tokens * heads * keys
+        of_keys = at.memory_tokens if "cross" in to else at.tokens
+        repeated = 2 * 4 * of_keys * heads * model.d_head if model.n_kv_heads < model.n_heads or self.each < 4 else 0
         if self.each < 4:
             repeated += 4 * at.tokens * heads * model.d_head  # the query in fp32
         return self.add(
             query, key, value,
-            to="mixed",
-            size=size,
+            to=to,
+            size=sizes[0],
             saves=() if repeated else (query, key, value),
             hidden=scores + repeated,
             scratch=2 * scores,
@@ -216,28 +223,36 @@ class BlockTape:
             dear=False,
         )  # fmt: skip
 
+    # ------------------------------------------------------------------- MLP
+
     def mlp(self, x: str) -> str:
         at, model = self.at, self.model
-        names = ("up",) if model.arch == "gpt" else ("gate", "up")
-        self.products(x, dict.fromkeys(names, model.d_ff))
+        names = ("gate", "up") if model.gated else ("up",)
+        self.products(x, dict.fromkeys(names, model.d_ff), at.tokens)
         size = at.tokens * (model.d_ff // at.tensor) * self.each
         part = [self.biased(name, size) for name in names]
-        inner = self.gelu(part[0], size) if model.arch == "gpt" else self.swiglu(part[0], part[1], size)
+        inner = self.gated(part[0], part[1], size) if model.gated else self.activation(part[0], size)
         return self.row(inner, "down", model.d_ff, holds=(x, *part, inner))
 
-    def gelu(self, x: str, size: int) -> str:
-        if self.at.backends["mlp"] != "reference":
-            return self.add(x, to="inner", size=size, saves=(x,))
-        exact = size * 4 // self.each  # x/√2, x/2 and 1 + erf are kept, in fp32
-        return self.add(x, to="inner", size=size, hidden=3 * exact, scratch=exact, backward_scratch=2 * exact)
+    def activation(self, x: str, size: int) -> str:
+        if self.at.backends["mlp"] == "reference":  # of GELU x/√2, x/2 and 1 + erf are kept, in fp32
+            exact = size * 4 // self.each
+            return self.add(x, to="inner", size=size, hidden=3 * exact, scratch=exact, backward_scratch=2 * exact)
+        match self.model.activation:
+            case "relu":  # whose gradient its output tells
+                return self.add(x, to="inner", size=size, saves=("inner",))
+            case "relu2":
+                relu = self.add(x, to="relu", size=size, saves=("relu",))
+                return self.add(relu, to="inner", size=size, saves=(relu,))
+        return self.add(x, to="inner", size=size, saves=(x,))
 
-    def swiglu(self, gate: str, up: str, size: int) -> str:
+    def gated(self, gate: str, up: str, size: int) -> str:
         match self.at.backends["mlp"]:
             case "liger":  # gradients are written over gate and up
                 return self.add(gate, up, to="inner", size=size, saves=(gate, up), passes=True)
             case "torch":
-                silu = self.add(gate, to="silu", size=size, saves=(gate,))
-                return self.add(silu, up, to="inner", size=size, saves=(silu, up))
+                opened = self.add(gate, to="opened", size=size, saves=(gate,))
+                return self.add(opened, up, to="inner", size=size, saves=(opened, up))
         exact = size * 4 // self.each
         copies = 2 * exact if self.each < 4 else 0  # gate and up in fp32
         saves = () if copies else (gate, up)
@@ -246,24 +261,32 @@ class BlockTape:
             backward_scratch=2 * exact,
         )  # fmt: skip
 
-    def joined(self, x: str, added: str, to: str) -> str:
-        return self.add(x, added, to=to, size=self.at.stream, passes=True)
 
+def add_norm(
+    tape: Tape,
+    at: Setting,
+    x: str,
+    name: str,
+    size: int | None = None,
+    rows: int | None = None,
+    centred: bool | None = None,
+) -> str:
+    """Append a norm. Kernels keep their input and a number or two a row; sums written in torch more.
 
-def add_norm(tape: Tape, at: Setting, x: str, name: str) -> str:
-    """Append a norm. Kernels keep their input and a number or two a token; sums written in torch more."""
-    stream, tokens, model = at.stream, at.stream_tokens, at.model
-    exact = stream * 4 // at.bytes_each
+    Args:
+        size: bytes of what is normed; default the residual stream, with its rows, by ``model.norm``.
+    """
+    size = at.stream if size is None else size
+    rows = at.stream_tokens if rows is None else rows
+    centred = at.model.norm == "layer" if centred is None else centred
+    exact = size * 4 // at.bytes_each
     composed = at.backends["norm"] == "reference" or (
-        at.backends["norm"] == "torch" and at.device == "cpu" and model.arch == "llama"
+        at.backends["norm"] == "torch" and at.device == "cpu" and not centred
     )
     if not composed:
-        moments = 8 if model.arch == "gpt" else 4
-        return tape.add(Op((x,), name, stream, saves=(x,), hidden=moments * tokens))
+        return tape.add(Op((x,), name, size, saves=(x,), hidden=(8 if centred else 4) * rows))
     if at.bytes_each < 4:
         x = tape.add(Op((x,), f"{name} in fp32", exact))
-    normed = tape.add(
-        Op((x,), f"{name} without gain", exact, saves=(x,), hidden=4 * tokens, backward_scratch=4 * exact)
-    )
+    normed = tape.add(Op((x,), f"{name} without gain", exact, saves=(x,), hidden=4 * rows, backward_scratch=4 * exact))
     scratch = exact if at.bytes_each < 4 else 0
-    return tape.add(Op((normed,), name, stream, saves=(normed,), scratch=scratch, backward_scratch=exact + scratch))
+    return tape.add(Op((normed,), name, size, saves=(normed,), scratch=scratch, backward_scratch=exact + scratch))

@@ -8,6 +8,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
+from megamup import kernel_rules
 from megamup.cluster import Cluster
 from megamup.config import Config, config_from, merge
 from megamup.errors import MegamupError
@@ -61,13 +62,15 @@ class Timed(NamedTuple):
         }
 
     def config(self) -> Config | None:
-        return valid(self.base.model_dump(mode="json"), self.settings())
+        found = valid(self.base.model_dump(mode="json"), self.settings())
+        return None if found is None or kernel_rules.refused(found) else found
 
 
 def search(config: Config, cluster: Cluster, limit: int = 10) -> Found:
     """Try tensor, pipeline, context and data axes, sequence parallelism, ZeRO stages, micro batches and recomputation.
 
-    The tensor axis stays within a node, where its traffic is fast. What the config's own checks refuse is no candidate.
+    The tensor axis stays within a node, where its traffic is fast. What the config's own checks refuse, or the backends
+    that it names can't compute, is no candidate.
 
     Raises:
         MegamupError: the cluster's memory or rates aren't known, or no layout is valid.
@@ -90,7 +93,8 @@ def search(config: Config, cluster: Cluster, limit: int = 10) -> Found:
     if not timed:
         raise MegamupError(
             f"--search: no layout of {cluster.devices} devices is valid for this config; its batch of "
-            f"{config.batch.global_sequences} sequences and its sizes have to be divisible by the axes"
+            f"{config.batch.global_sequences} sequences and its sizes have to be divisible by the axes, and the "
+            "backends of `kernels` that it names have to take the parts"
         )
     timed.sort(key=lambda one: one.step.seconds)
     return fitting(config, timed, cluster, capacity, limit)
@@ -142,8 +146,16 @@ def layouts(config: Config, cluster: Cluster) -> Iterator[tuple[Config, dict[str
                             "deepspeed": f"ds_configs/zero{stage}.json",
                         }
                         found = valid(values, overrides)
-                        if found is not None:
+                        if found is not None and computable(found, world):
                             yield found, overrides
+
+
+def computable(base: Config, world: int) -> bool:
+    """Whether the backends that the config names can compute the layout with some micro batch: rules ask for multiples,
+    and a rank's whole share is a multiple of every micro batch."""
+    share = base.batch.global_sequences // base.parallel.data(world)
+    whole = base.batch.model_copy(update={"micro_sequences": share})
+    return kernel_rules.refused(base.model_copy(update={"batch": whole})) is None
 
 
 def valid(values: dict[str, Any], overrides: dict[str, Any]) -> Config | None:

@@ -1,13 +1,52 @@
-"""Which parameters each pipeline stage holds, and how many elements of them a tensor rank does."""
+"""Which layers and parameters each pipeline stage holds, and how many elements of them a tensor rank does."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 from megamup.config import Config
-from megamup.parameters import parameters
-from megamup.sections import Model
+from megamup.model import Model
+from megamup.parameters import Stack, parameters, stacks
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A stretch of a model's list of layers (megamup.models): a block, or what stands between blocks.
+
+    ``start``: from token ids to a stack's stream, with all that its blocks share. ``memory``: the encoder's last norm.
+    ``head``: from the last block's output to the loss.
+    """
+
+    kind: Literal["start", "block", "memory", "head"]
+    stack: Stack
+    number: int = 0
+    """Of a block in its stack."""
+
+
+def layers(model: Model) -> list[Layer]:
+    """The list, first to last."""
+    first, *others = stacks(model)
+    found = [Layer("start", first), *blocks_of(first)]
+    for stack in others:
+        found += [Layer("memory", first), Layer("start", stack), *blocks_of(stack)]
+    return [*found, Layer("head", found[-1].stack)]
+
+
+def blocks_of(stack: Stack) -> list[Layer]:
+    return [Layer("block", stack, number) for number in range(stack.layers)]
+
+
+def stage_layers(model: Model, pipeline: int) -> list[tuple[Layer, ...]]:
+    """The list cut into stages as DeepSpeed cuts it (``type:^(Wired)?Block$``): each begins with a block, the first
+    with the list, and where blocks don't go evenly into stages the first ones have one more."""
+    found = layers(model)
+    places = [place for place, layer in enumerate(found) if layer.kind == "block"]
+    each, rest = divmod(len(places), pipeline)
+    begins = [stage * each + min(stage, rest) for stage in range(pipeline)]
+    edges = [0, *(places[block] for block in begins[1:]), len(found)]
+    return [tuple(found[start:stop]) for start, stop in zip(edges, edges[1:], strict=False)]
 
 
 @dataclass(frozen=True)
@@ -27,25 +66,37 @@ def stage_parameters(config: Config) -> list[int]:
     return [held.total for held in inventory(config.model, config.parallel.tensor, config.parallel.pipeline)]
 
 
-def first_layers(n_layers: int, pipeline: int) -> list[int]:
-    """Of each stage its first block, and the number of blocks."""
-    return [-(-n_layers * stage // pipeline) for stage in range(pipeline + 1)]
-
-
 @lru_cache(maxsize=256)
 def inventory(model: Model, tensor: int, pipeline: int) -> tuple[Held, ...]:
-    """Of each pipeline stage, what a tensor rank holds."""
-    edges = first_layers(model.n_layers, pipeline)
-    stage_of_layer = [stage for stage in range(pipeline) for _ in range(edges[stage], edges[stage + 1])]
+    """Of each pipeline stage, what a tensor rank holds; a parameter of layers on several stages is on each of them."""
+    stage_of = {layer: stage for stage, of_stage in enumerate(stage_layers(model, pipeline)) for layer in of_stage}
     members: list[list[tuple[str, int]]] = [[] for _ in range(pipeline)]
     for parameter in parameters(model).values():
         size = parameter.size // (tensor if parameter.partition_dim is not None else 1)
-        part, *rest = parameter.name.split(".")
-        stage = stage_of_layer[int(rest[0])] if part == "blocks" else 0 if part == "embedding" else pipeline - 1
-        members[stage].append((parameter.role, size))
-        if model.tie_embeddings and parameter.name == "embedding.token" and pipeline > 1:
-            members[-1].append((parameter.role, size))  # the tied readout's copy
+        for stage in {stage_of[layer] for layer in owners(model, parameter.name)}:
+            members[stage].append((parameter.role, size))
     return tuple(held(of_stage) for of_stage in members)
+
+
+def owners(model: Model, name: str) -> list[Layer]:
+    """The layers that a parameter is of: more than one where it is shared."""
+    first, last = stacks(model)[0], stacks(model)[-1]
+    head = Layer("head", last)
+    if name == "embedding.token":
+        return [Layer("start", stack) for stack in stacks(model)] + ([head] if model.tie_embeddings else [])
+    if name.startswith(("embedding.", "embedding_norm.")):
+        return [Layer("start", first)]
+    for stack in stacks(model):
+        part, _, rest = name.removeprefix(stack.prefix).partition(".")
+        if not name.startswith(stack.prefix):
+            continue
+        if part == "blocks":
+            return [Layer("block", stack, int(rest.partition(".")[0]))]
+        if part == "relative":
+            return [Layer("start", stack)]
+        if part == "final_norm" and stack != last:
+            return [Layer("memory", stack)]
+    return [head]
 
 
 def held(members: list[tuple[str, int]]) -> Held:

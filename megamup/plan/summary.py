@@ -9,6 +9,7 @@ from typing import Any, get_args
 from megamup.cluster import Cluster
 from megamup.config import Config
 from megamup.flops import Convention, flops_per_token
+from megamup.model import Model
 from megamup.mup import block_scales, ratios, readout_multiplier, table
 from megamup.parameters import Parameter, count, parameters
 from megamup.plan.layout import layout_of
@@ -16,7 +17,6 @@ from megamup.plan.memory import memory, state_bytes
 from megamup.plan.search import HEADROOM
 from megamup.plan.state import stage_parameters
 from megamup.plan.time import StepTime, step_time
-from megamup.sections import Model
 
 
 def base_model(config: Config) -> Model:

@@ -80,13 +80,16 @@ class Tape:
     ops: list[Op] = field(default_factory=list)
     summed: bool = False
     """Weights have gradients already, to which theirs are added one operation at a time."""
+    outside: dict[str, int] = field(default_factory=dict)
+    """Tensors that come in besides ``start`` and that others hold: by name, the bytes of their gradients, each added at
+    once to one that is there."""
 
     def add(self, op: Op) -> str:
         self.ops.append(op)
         return op.output
 
     def footprint(self, recompute: Recompute = "none") -> Footprint:
-        sizes = {self.start: self.size} | {op.output: op.size for op in self.ops}
+        sizes = {self.start: self.size} | dict.fromkeys(self.outside, 0) | {op.output: op.size for op in self.ops}
         saved = {name for op in self.ops for name in op.saves}
         own = sum(sizes[name] for name in saved) + sum(op.hidden + op.copies for op in self.ops)
         weights = 0 if self.summed else sum(op.weight for op in self.ops)
@@ -134,11 +137,12 @@ class Tape:
             made = [(name, mine if op.passes else f"{name} of {op.output}") for name in op.inputs]
             new = {key: sizes[name] for name, key in made if key != mine}
             bytes_of |= new
-            meter.add(op.weight + sum(new.values()) + op.backward_scratch)
+            passing = op.backward_scratch + sum(self.outside.get(name, 0) for name in op.inputs)
+            meter.add(op.weight + sum(new.values()) + passing)
             if op.weight:
                 made_weights += op.weight
                 products.append((made_weights, meter.live - op.backward_scratch))
-            meter.live -= op.backward_scratch + (op.weight if self.summed else 0)
+            meter.live -= passing + (op.weight if self.summed else 0)
             for name, key in made:
                 if name not in gradient:
                     gradient[name] = key

@@ -13,11 +13,11 @@ from typing import Any
 
 from megamup.cluster import Cluster
 from megamup.flops import flops_per_token
+from megamup.model import Model
 from megamup.plan.layout import Layout
 from megamup.plan.rates import Rates, known, rates_of
 from megamup.plan.state import first_layers
 from megamup.plan.work import Passes, Seconds, Work
-from megamup.sections import Model
 
 OPTIMIZER_BYTES = 32
 """A number of the fp32 weights costs at a step: fused AdamW reads weight, gradient and two moments and writes three of

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from megamup.model import Model
 from megamup.plan.layout import Layout
 from megamup.plan.rates import Rates
-from megamup.sections import Model
 
 LOGIT_BYTES = 60
 """Read and written per logit between its product and its gradient's: the passes in fp32 of megamup/parallel/loss.py

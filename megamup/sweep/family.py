@@ -10,8 +10,8 @@ from typing import Any
 
 from megamup.config import Config
 from megamup.flops import flops_per_token
+from megamup.model import Model
 from megamup.parameters import count
-from megamup.sections import Model
 
 WIDEST = 2**17
 """No model is wider."""

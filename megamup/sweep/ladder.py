@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megamup.sections import NonNegative, Positive, PositiveFloat, Section
+from megamup.fields import NonNegative, Positive, PositiveFloat, Section
 
 Ratio = Annotated[float, Field(gt=1)]
 Several = Annotated[int, Field(ge=2, strict=True)]

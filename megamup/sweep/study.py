@@ -12,7 +12,7 @@ from pydantic import Discriminator, Field, Tag, ValidationError, field_validator
 
 from megamup.config import describe, merge, parse_override, read_yaml
 from megamup.errors import MegamupError
-from megamup.sections import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
+from megamup.fields import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
 from megamup.sweep.ladder import KINDS, AnyLadder
 
 Scalar = str | int | float | bool | None

@@ -35,13 +35,39 @@ def layout(config: Config, world_size: int) -> dict[str, Any]:
     }
 
 
-def newest(folder: Path) -> tuple[int, Path] | None:
-    """The last whole checkpoint below ``folder`` as (step, path), or None."""
+def by_step(folder: Path) -> dict[int, Path]:
+    """The whole checkpoints below ``folder``."""
     steps = {}
     for path in folder.glob("step-*"):
         if match := re.fullmatch(r"step-(\d+)", path.name):
             steps[int(match[1])] = path
+    return steps
+
+
+def newest(folder: Path) -> tuple[int, Path] | None:
+    """The last whole checkpoint below ``folder`` as (step, path), or None."""
+    steps = by_step(folder)
     return max(steps.items()) if steps else None
+
+
+def named(run: str) -> tuple[Path, int, Path]:
+    """The folder of a run that is named as ``RUN`` (its last checkpoint) or ``RUN@STEP``, with step and path of the
+    checkpoint.
+
+    Raises:
+        MegamupError: no such run or step; names those that are there.
+    """
+    match = re.fullmatch(r"(.+)@(\d+)", run)
+    folder, wanted = (Path(match[1]), int(match[2])) if match and not Path(run).is_dir() else (Path(run), None)
+    if not (folder / "config.yaml").is_file():
+        raise MegamupError(f"{folder}: no config.yaml there; expected the folder of a run")
+    steps = by_step(folder / "checkpoints")
+    if not steps:
+        raise MegamupError(f"{folder}: no checkpoint there; train with train.save_every")
+    step = max(steps) if wanted is None else wanted
+    if step not in steps:
+        raise MegamupError(f"{folder}: no checkpoint of step {step}; there are {', '.join(map(str, sorted(steps)))}")
+    return folder, step, steps[step]
 
 
 def save(engine: Engine, folder: Path, step: int, config: Config) -> Path:

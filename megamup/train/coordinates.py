@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megamup.config import Config
-from megamup.models.blocks import CoreAttention
+from megamup.models.attention import CoreAttention
 from megamup.parallel.loss import CrossEntropy
 from megamup.parallel.mesh import Mesh, build_mesh
 from megamup.train import distributed
@@ -103,7 +103,7 @@ def named_modules(engine: Engine) -> Iterator[nn.Module]:
 
 
 def attention_logits(core: CoreAttention, query: Tensor, key: Tensor) -> Tensor:
-    """What the softmax gets, of the pairs that the causal mask leaves: flat, zero elsewhere left out.
+    """What queries and keys give the softmax, of the pairs that a causal mask leaves: flat, the others left out.
 
     Args:
         query: (batch, heads / tensor, seq, d_head)
@@ -111,6 +111,8 @@ def attention_logits(core: CoreAttention, query: Tensor, key: Tensor) -> Tensor:
     """
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1).float()
     logits = core.scale * (query.float() @ key.transpose(-2, -1))  # (batch, heads / tensor, seq, seq)
+    if not core.causal:
+        return logits
     past = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
     return logits[..., past]
 
@@ -136,10 +138,12 @@ def total(parts: Iterable[Share]) -> Coordinate:
 
 
 def in_order(name: str) -> tuple[int, int, str]:
-    """Sort key: embeddings, blocks by number, final norm, readout."""
+    """Sort key: embeddings, a stack's blocks by number, its norm, the other stack's, readout."""
+    embedding = name.startswith("embedding")
+    stack, name = (name.startswith("decoder."), name.removeprefix("encoder.").removeprefix("decoder."))
     first, *rest = name.split(".")
-    place = {"embedding": 0, "blocks": 1, "final_norm": 2}.get(first, 3)
-    return place, int(rest[0]) if first == "blocks" else 0, name
+    place = {"blocks": 1, "final_norm": 2}.get(first, 3)
+    return 0 if embedding else place + 2 * stack, int(rest[0]) if first == "blocks" else 0, name
 
 
 def coordinates(config: Config) -> list[dict[str, Coordinate]]:

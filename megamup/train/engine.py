@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol, cast
 
 import deepspeed
@@ -23,7 +24,8 @@ from megamup.config import Config, micro_batches
 from megamup.data.loader import TensorBatch
 from megamup.deepspeed_file import load_deepspeed, offloads_optimizer
 from megamup.models.blocks import Block
-from megamup.models.decoder import Decoder, LayerSpec, context, decoder_layers
+from megamup.models.build import context, cross_entropy, model_layers
+from megamup.models.network import Carried, LayerSpec, Network, Wired, WiredBlock, Wires, inputs, wires
 from megamup.parallel.collectives import all_reduce
 from megamup.parallel.loss import CrossEntropy
 from megamup.parallel.mesh import Axis, Mesh, Mpu
@@ -36,10 +38,10 @@ from megamup.train.overlap import OverlappedReduction
 class MicroBatch:
     """What one rank sees at a time; weights make the loss the mean over the *global* batch's target tokens."""
 
-    tokens: Tensor
-    """(batch, seq), int64"""
+    inputs: dict[str, Tensor]
+    """What the model's first layers read, by name: ``tokens`` (batch, seq), int64, ..."""
     targets: Tensor
-    """(batch, seq), int64"""
+    """(batch, seq), int64; 0 where none counts"""
     weights: Tensor
     """fp32, mask / targets of the global batch x (micro batches x data ranks), see `weigh`: (batch, seq), or one number
     where all targets count."""
@@ -82,24 +84,31 @@ def weigh(batches: Sequence[TensorBatch], mesh: Mesh, device: torch.device) -> t
     return [micro_batch(batch, factor, mesh.context, device) for batch in batches], targets
 
 
+WHOLE = ("documents", "decoder_documents", "pair")
+"""Inputs that every context rank needs of the whole sequence."""
+
+
 def micro_batch(batch: TensorBatch, factor: Tensor, context: Axis, device: torch.device) -> MicroBatch:
     def stretch(x: Tensor) -> Tensor:
         return x.chunk(context.size, 1)[context.rank].contiguous() if context.size > 1 else x
 
-    on_device = TensorBatch(batch.window.to(device, non_blocking=True), batch.n_targets, batch.mask)
-    weights = factor if batch.mask is None else stretch(batch.mask.to(device, non_blocking=True)) * factor
-    return MicroBatch(stretch(on_device.tokens), stretch(on_device.targets), weights)
+    moved = replace(batch, window=batch.window.to(device, non_blocking=True))
+    inputs = {name: x if name in WHOLE else stretch(x) for name, x in moved.inputs.items()}
+    targets, weights = stretch(moved.targets), factor
+    if not batch.complete:  # a target below 0 doesn't count
+        weights, targets = (targets >= 0) * factor, targets.clamp(min=0)
+    return MicroBatch(inputs, targets, weights)
 
 
 def build_engine(config: Config, mesh: Mesh, world_size: int) -> Engine:
     """Build this rank's part of the model and hand it to DeepSpeed. Collective."""
     built_from = context(config, mesh, accelerator().type)
     names = built_from.kernels.names
-    loss = CrossEntropy(names["cross_entropy"])
-    specs = decoder_layers(built_from, config, loss)
+    loss = cross_entropy(built_from, config)
+    specs = model_layers(built_from, config, loss)
     engine: Engine
     if config.parallel.pipeline == 1:
-        engine = DataParallelEngine(config, mesh, Decoder(specs, loss), world_size)
+        engine = DataParallelEngine(config, mesh, Network(specs, loss), world_size)
     else:
         engine = PipelinedEngine(config, mesh, specs, loss, world_size)
     optimizer = adamw_backend(config, accelerator().type)
@@ -112,7 +121,7 @@ class DataParallelEngine:
 
     backends: dict[str, str]
 
-    def __init__(self, config: Config, mesh: Mesh, module: Decoder, world_size: int) -> None:
+    def __init__(self, config: Config, mesh: Mesh, module: Network, world_size: int) -> None:
         self.mesh = mesh
         if config.zero_stage == 3:  # a block's weights are fetched and dropped together
             set_z3_leaf_modules(module, [Block])
@@ -124,7 +133,7 @@ class DataParallelEngine:
             self.reduction = OverlappedReduction(self.deepspeed.module.parameters(), mesh.replicas, dtype)
 
     def loss(self, micro: MicroBatch) -> Tensor:
-        return cast(Tensor, self.deepspeed(micro.tokens, (micro.targets, micro.weights)))
+        return cast(Tensor, self.deepspeed(micro.inputs, (micro.targets, micro.weights)))
 
     def mean(self, losses: list[Tensor]) -> float:
         """Average over this rank's micro batches and the replicas."""
@@ -159,33 +168,50 @@ class PipelinedEngine:
         )
         with quiet():
             module = PipelineModule(
-                layers=[pipe_spec(spec) for spec in specs],
+                layers=[pipe_spec(spec, at) for spec, at in zip(specs, wires(specs), strict=True)],
                 topology=topology,
                 loss_fn=loss,
-                partition_method="type:^Block$",  # as many blocks a stage as possible alike
+                partition_method="type:^(Wired)?Block$",  # as many blocks a stage as possible alike
             )
         self.deepspeed, self.clip = initialize(config, mesh, module, world_size, mpu=None)
+        self.inputs = inputs(specs)
 
     def train_batch(self, batch: Sequence[MicroBatch], lr: float) -> StepResult:
         write_lr(self.deepspeed.optimizer.param_groups, lr)
-        loss = self.deepspeed.train_batch(data_iter=pipe_batches(batch))
+        loss = self.deepspeed.train_batch(data_iter=pipe_batches(batch, self.inputs))
         return StepResult(float(loss), grad_norm(self.deepspeed, self.clip))
 
     def evaluate(self, batch: Sequence[MicroBatch]) -> float:
         self.deepspeed.reset_activation_shape()  # an evaluation may use another batch size than training
-        loss = self.deepspeed.eval_batch(data_iter=pipe_batches(batch), num_micro_batches=len(batch))
+        loss = self.deepspeed.eval_batch(data_iter=pipe_batches(batch, self.inputs), num_micro_batches=len(batch))
         self.deepspeed.reset_activation_shape()
         return float(loss)
 
 
-def pipe_spec(spec: LayerSpec) -> PipeLayerSpec:
-    if spec.shared is None:
+def pipe_spec(spec: LayerSpec, at: Wires) -> PipeLayerSpec:
+    if spec.shared is not None:
+        forward = spec.borrow if at.plain else partial(run_shared, spec, at)
+        return TiedLayerSpec(spec.shared, spec.module, *spec.arguments, forward_fn=forward)
+    if at.plain:
         return PipeLayerSpec(spec.module, *spec.arguments)
-    return TiedLayerSpec(spec.shared, spec.module, *spec.arguments, forward_fn=spec.borrow)
+    return PipeLayerSpec(WiredBlock if spec.module is Block else Wired, spec, at)
 
 
-def pipe_batches(batch: Sequence[MicroBatch]) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor]]]:
-    return iter([(micro.tokens, (micro.targets, micro.weights)) for micro in batch])
+def run_shared(spec: LayerSpec, at: Wires, module: torch.nn.Module, carried: Carried) -> Any:
+    return at.run(module if spec.borrow is None else partial(spec.borrow, module), carried)
+
+
+PipeBatch = tuple[Carried, tuple[Tensor, Tensor]]
+
+
+def pipe_batches(batch: Sequence[MicroBatch], names: tuple[str, ...]) -> Iterator[PipeBatch]:
+    """What DeepSpeed's stages take: inputs in the order of ``names``, and labels."""
+
+    def carried(micro: MicroBatch) -> Carried:
+        found = tuple(micro.inputs[name] for name in names)
+        return found[0] if len(found) == 1 else found
+
+    return iter([(carried(micro), (micro.targets, micro.weights)) for micro in batch])
 
 
 def accelerator() -> torch.device:
@@ -220,8 +246,7 @@ def deepspeed_keys(config: Config, world_size: int) -> dict[str, Any]:
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.optim.grad_clip if config.zero_stage > 0 else 0.0,
         "steps_per_print": None,
-        # Between stages DeepSpeed would send each tensor rank's part of what it takes for replicas, and join them.
-        "pipeline": dict.fromkeys(("pipe_partitioned", "grad_partitioned"), not config.parallel.sequence),
+        "pipeline": dict.fromkeys(("pipe_partitioned", "grad_partitioned"), replicas_travel(config)),
     }
     if offloads_optimizer(keys) and adamw_backend(config, accelerator().type) == TORCH:
         keys["zero_force_ds_cpu_optimizer"] = False  # else DeepSpeed refuses any optimizer but its own
@@ -237,6 +262,13 @@ def deepspeed_keys(config: Config, world_size: int) -> dict[str, Any]:
             "data_types": {"grad_accum_dtype": "fp32"},
         }
     return keys
+
+
+def replicas_travel(config: Config) -> bool:
+    """Whether a tensor rank may send its part alone between stages, and the receiving ones join the parts: where
+    DeepSpeed is right to take what travels for replicas, and one tensor of it has a gradient."""
+    model = config.model
+    return not config.parallel.sequence and model.arch != "t5" and model.positions != "relative"
 
 
 def grad_norm(engine: Any, clip: ClipByGlobalNorm | None) -> float:

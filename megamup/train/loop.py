@@ -9,18 +9,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.profiler import record_function
 
 from megamup.config import Config, micro_batches
 from megamup.data import consumed
-from megamup.data.loader import BatchStream, TensorBatch
+from megamup.data.loader import BatchStream
 from megamup.data.mixture import RunData, open_run_data
-from megamup.data.samples import SampleSource
 from megamup.errors import MegamupError, OneRankError
 from megamup.kernels.choice import choose
 from megamup.mup import table
 from megamup.parallel.mesh import Mesh, build_mesh
-from megamup.train import checkpoint, distributed, run_folder
+from megamup.train import checkpoint, distributed, evaluate, run_folder
+from megamup.train.batches import HeldOut, held_out_batches, read, training_batches
 from megamup.train.engine import Engine, build_engine, weigh
 from megamup.train.metrics import Recorder, peak_flops
 from megamup.train.monitor import Monitor
@@ -28,7 +27,6 @@ from megamup.train.optim import adamw_backend
 from megamup.train.outlook import Outlook, read_outlook
 from megamup.train.profile import Profiler
 from megamup.train.schedule import lr_factor
-from megamup.train.trace import DATA
 
 
 class DivergedError(MegamupError):
@@ -47,7 +45,7 @@ class Training:
     engine: Engine
     data: RunData
     train_data: BatchStream
-    valid_data: BatchStream | None
+    held_out: list[HeldOut]
     recorder: Recorder
     monitor: Monitor
     profiler: Profiler
@@ -101,7 +99,9 @@ def train_step(run: Training, step: int) -> dict[str, float]:
         values |= run.monitor.values()
     if due.evaluation:
         with run.recorder.pause("evaluation"):
-            values["valid_loss"] = finite(evaluate(run), step + 1, config)
+            losses = evaluate.evaluate(run.held_out, run.engine, config, run.mesh, run.device)
+        finite(evaluate.together(losses).loss, step + 1, config)
+        values |= evaluate.metrics(losses)
     record = run.recorder.step(step + 1, **values)
     if (
         due.save
@@ -131,49 +131,6 @@ class Due:
         self.save = bool(train.save_every) and (last or step % train.save_every == 0)
 
 
-def evaluate(run: Training) -> float:
-    """Mean loss over the target tokens of the held-out data, or of its first ``train.eval_sequences``."""
-    assert run.valid_data is not None
-    steps, wanted = len(run.valid_data), run.config.train.eval_sequences
-    if wanted is not None:
-        steps = min(steps, math.ceil(wanted / run.config.batch.global_sequences))
-    total, targets = 0.0, 0.0
-    for step in range(steps):
-        batch, on_device = weigh(read(run.valid_data, step), run.mesh, run.device)
-        count = float(on_device)
-        total += count * run.engine.evaluate(batch)
-        targets += count
-    return total / targets
-
-
-def read(data: BatchStream, step: int) -> list[TensorBatch]:
-    """This rank's micro batches. Raises OneRankError where they hold a token that the model doesn't have."""
-    try:
-        with record_function(DATA):
-            return data.micro_batches(step)
-    except MegamupError as error:
-        raise OneRankError(str(error)) from error
-
-
-def open_data(config: Config, data_rank: int, world_size: int) -> tuple[BatchStream, BatchStream | None]:
-    """Open and check the data: a data rank's streams of training and held-out batches."""
-    return batch_streams(open_run_data(config), config, data_rank, world_size)
-
-
-def batch_streams(
-    data: RunData, config: Config, data_rank: int, world_size: int
-) -> tuple[BatchStream, BatchStream | None]:
-    micro, _ = micro_batches(config, world_size)
-    data_size = config.parallel.data(world_size)
-
-    def stream(source: SampleSource) -> BatchStream:
-        return BatchStream(
-            source, config.batch.global_sequences, micro, data_rank, data_size, prefetch=config.data.prefetch
-        )
-
-    return stream(data.train.stream), stream(data.valid.stream) if data.valid else None
-
-
 def start(config: Config, world_size: int, resumed: tuple[int, Path] | None) -> Training:
     """Join the process group, build this rank's part and restore a checkpoint. Collective."""
     began = time.time()
@@ -186,7 +143,10 @@ def start(config: Config, world_size: int, resumed: tuple[int, Path] | None) -> 
             f"ranks read different data (here {identity[:12]}, of what data.train and data.valid hold): copy the "
             "same corpora to every machine"
         )
-    train_data, valid_data = batch_streams(data, config, mesh.data.rank, world_size)
+    train_data = training_batches(data, config, mesh.data.rank, world_size)
+    held_out: list[HeldOut] = []
+    if data.valid:
+        held_out = held_out_batches(data.valid, data.valid_objective, config, mesh.data.rank, world_size)
     engine = build_engine(config, mesh, world_size)
     peak = peak_flops(config, device)
     step = checkpoint.load(engine, resumed[1]) if resumed else 0
@@ -204,7 +164,7 @@ def start(config: Config, world_size: int, resumed: tuple[int, Path] | None) -> 
     recorder = Recorder(config, peak["peak_flops"], step, first, device, outlook(config) if first else None, mesh)
     monitor = Monitor(config, mesh, engine, device)
     profiler = Profiler(config, mesh, engine, recorder, step)
-    return Training(config, mesh, device, engine, data, train_data, valid_data, recorder, monitor, profiler)
+    return Training(config, mesh, device, engine, data, train_data, held_out, recorder, monitor, profiler)
 
 
 def outlook(config: Config) -> Outlook | None:

@@ -28,12 +28,12 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.hooks import RemovableHandle
 
 from megamup.config import Config
-from megamup.models.blocks import CoreAttention
+from megamup.model import Model
+from megamup.models.attention import CoreAttention
 from megamup.parallel.layers import counted, spec_of
 from megamup.parallel.loss import CrossEntropy
 from megamup.parallel.mesh import Mesh
-from megamup.parameters import Role, parameters
-from megamup.sections import Model
+from megamup.parameters import Role, parameters, stacks
 from megamup.train.compile import eager
 from megamup.train.engine import Engine
 
@@ -100,7 +100,7 @@ class Monitor:
 
     def see_attention(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         assert isinstance(module, CoreAttention)
-        largest = largest_attention_logit(inputs[0], inputs[1], module.scale)
+        largest = largest_attention_logit(inputs[0], inputs[1], module.scale, module.causal)
         self.seen[ATTENTION] = torch.maximum(self.seen.get(ATTENTION, largest), largest)
 
     def see_stream(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -141,9 +141,13 @@ class Monitor:
 
 def stream(model: Model) -> dict[str, str]:
     """{module that puts out the residual stream: its name in the metrics}."""
-    embedding = "embedding.position" if model.arch == "gpt" else "embedding.token"  # gpt's adds to the tokens'
-    blocks = {name: name for name in (f"blocks.{layer}" for layer in range(model.n_layers))}
-    return {embedding: "embedding", **blocks, "final_norm": "final_norm"}
+    tables = ["token", *(["position"] if model.positions == "learned" else []), *(["type"] if model.token_types else [])]
+    found = {f"embedding.{tables[-1]}": "embedding"}  # each adds to the one before
+    for stack in stacks(model):
+        found |= {name: name for name in map(stack.block, range(stack.layers))}
+        if model.norm_place == "before":
+            found[f"{stack.prefix}final_norm"] = f"{stack.prefix}final_norm"
+    return found
 
 
 Seen = Callable[[nn.Module, tuple[Any, ...], Tensor], None]
@@ -162,8 +166,8 @@ def first_forward(module: nn.Module, see: Seen) -> RemovableHandle:
     return handle
 
 
-def largest_attention_logit(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """Largest |scale · q·k| of a key that isn't in its query's future, from a few rows of logits at a time.
+def largest_attention_logit(query: Tensor, key: Tensor, scale: float, causal: bool = True) -> Tensor:
+    """Largest |scale · q·k| of a key that its query may see, from a few rows of logits at a time.
 
     Args:
         query: (batch, heads, seq, d_head)
@@ -175,8 +179,11 @@ def largest_attention_logit(query: Tensor, key: Tensor, scale: float) -> Tensor:
     rows = max(1, AT_A_TIME // (batch * heads * seq))
     found = []
     for start in range(0, seq, rows):
-        logits = grouped[..., start : start + rows, :] @ keys[..., : start + rows]
-        found.append(logits.tril_(start).abs_().amax())  # zero in the future: no more than any |logit|
+        seen = keys[..., : start + rows] if causal else keys
+        logits = grouped[..., start : start + rows, :] @ seen
+        if causal:
+            logits.tril_(start)  # zero in the future: no more than any |logit|
+        found.append(logits.abs_().amax())
     return abs(scale) * torch.stack(found).amax()
 
 

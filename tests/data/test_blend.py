@@ -145,6 +145,6 @@ def test_chain() -> None:
     which, indices = chain.locate(np.arange(7))
     assert (which.tolist(), indices.tolist()) == ([0, 0, 1, 1, 1, 1, 1], [0, 1, 0, 1, 2, 3, 4])
     batch = collate(chain, np.array([3, 0]))
-    assert batch.window.tolist() == [[1, 1, 1, 1], [0, 0, 0, 0]]
+    assert batch.window.tolist() == [[1, 1, -1, -1], [0, -1, -1, -1]]  # but for what counts, and what it is read from
     assert batch.n_targets.tolist() == [1, 0]
     assert Chain([Numbered(4, 2)]).locate(np.arange(3))[0].tolist() == [0, 0, 0]

@@ -1,6 +1,6 @@
 import numpy as np
 
-from megamup.data.collate import collate, target_mask
+from megamup.data.collate import collate
 from megamup.data.corpus import Corpus
 from megamup.data.samples import PackedSamples, SequentialSamples
 
@@ -24,6 +24,6 @@ def test_collate_into_given_memory(counting_corpus: Corpus) -> None:
 def test_padding_is_no_target(counting_corpus: Corpus) -> None:
     sequential = SequentialSamples(counting_corpus, seq_len=10, vocab_size=1004)
     batch = collate(sequential, np.array([99, 100, 101]))
-    mask = target_mask(batch.n_targets, 10)
-    assert mask.sum(axis=1).tolist() == [10, 3, 0]
-    assert batch.window[:, 1:][mask].tolist() == [*range(990, 1003)]
+    targets = batch.window[:, batch.columns["targets"]]
+    assert (targets >= 0).sum(axis=1).tolist() == batch.n_targets.tolist() == [10, 3, 0]
+    assert targets[targets >= 0].tolist() == [*range(990, 1003)]

@@ -124,6 +124,7 @@ def test_merge_and_split_keep_documents(shards_main: Main, corpus: str, tmp_path
     assert [both.document(index).tolist() for index in range(8)] == whole * 2
     assert both.manifest is not None
     assert both.manifest.text_bytes == 2 * len("".join(TEXTS).encode())
+    assert both.manifest.text_words == 2 * sum(len(text.split()) for text in TEXTS)
     assert shards_main(["verify", str(tmp_path / "fine"), str(tmp_path / "both")]) == 0
     assert shards_main(["head", str(tmp_path / "both")]) == 0
 

@@ -15,6 +15,7 @@ from megamup.data.blend import Blend, Chain
 from megamup.data.collate import collate
 from megamup.data.corpus import Corpus
 from megamup.data.loader import BatchStream, TensorBatch
+from megamup.data.objectives import Causal
 from megamup.data.permutation import Indices
 from megamup.data.samples import PackedSamples, Row, SequentialSamples
 from megamup.errors import MegamupError
@@ -65,7 +66,7 @@ def test_batches_are_tensors_for_training(samples: PackedSamples) -> None:
     assert (batch.tokens.shape, batch.targets.shape) == ((2, 10), (2, 10))
     assert torch.equal(batch.tokens[:, 1:], batch.targets[:, :-1])
     assert batch.tokens.untyped_storage().data_ptr() == batch.targets.untyped_storage().data_ptr()
-    assert batch.mask is None
+    assert batch.complete
     assert batch.n_targets == 20
 
 
@@ -175,7 +176,13 @@ def test_evaluation_counts_every_token_once(make_corpus: MakeCorpus) -> None:
     valid = Chain([SequentialSamples(corpus, 10, 1004) for corpus in corpora])
     streams = [BatchStream(valid, 4, 1, rank, 2) for rank in range(2)]
     parts = [batch for stream in streams for step in range(len(stream)) for batch in stream.micro_batches(step)]
-    masks = [torch.ones(1, 10, dtype=torch.bool) if batch.mask is None else batch.mask for batch in parts]
-    targets = torch.cat([batch.targets[mask] for batch, mask in zip(parts, masks, strict=True)])
+    targets = torch.cat([batch.targets[batch.targets >= 0] for batch in parts])
     assert sorted(targets.tolist()) == list(range(90))
-    assert [batch.n_targets for batch in parts] == [int(mask.sum()) for mask in masks]
+    assert [batch.n_targets for batch in parts] == [int((batch.targets >= 0).sum()) for batch in parts]
+    assert [batch.complete for batch in parts] == [batch.n_targets == 10 for batch in parts]
+    assert min(int(batch.tokens.min()) for batch in parts) == 0, "what no target counts after is still an id"
+
+
+def test_an_objective_of_other_lengths_is_refused(samples: PackedSamples) -> None:
+    with pytest.raises(MegamupError, match="samples of 10 tokens, where the objective takes 12"):
+        BatchStream(samples, 4, 2, objective=Causal(12))

@@ -168,7 +168,7 @@ def test_the_same_documents_in_other_shards_are_the_same(make_corpus: MakeCorpus
     assert len(cut.shards) > 3
     with pytest.raises(MegamupError, match=r"'.*whole' and '.*cut' hold the same tokens"):
         opened(Wanted(whole.prefix), Wanted(cut.prefix))
-    valid = ValidData([cut.prefix], seq_len=10, vocab_size=1004)
+    valid = ValidData({"valid": [cut.prefix]}, seq_len=10, vocab_size=1004)
     assert "warning: trained on" in valid.summary([whole])[0]
     other = make_corpus([*documents[:-1], [1] * 10], 1004, name="other")
     assert "warning" not in valid.summary([other])[0]

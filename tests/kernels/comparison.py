@@ -17,29 +17,42 @@ HEADS = [(4, 4), (6, 2), (4, 1)]
 SEQ, D_HEAD = 33, 16
 
 DOCUMENTS = torch.tensor([[0] * 5 + [1] + [2] * 27, [0] * 33])
+KEY_DOCUMENTS = torch.tensor([[0] * 11 + [1] * 2 + [2] * 7, [0] * 19 + [1]])
+"""Of 20 keys of another stack."""
 MASKS = {
     "causal": Mask(),
     "window": Mask(window=7),
     "documents": Mask(documents=DOCUMENTS),
     "both": Mask(window=7, documents=DOCUMENTS),
+    "both ways": Mask(causal=False),
+    "both ways, documents": Mask(documents=DOCUMENTS, causal=False),
 }
+ACROSS = {
+    "across": Mask(causal=False),
+    "across, documents": Mask(documents=DOCUMENTS, causal=False, key_documents=KEY_DOCUMENTS),
+}
+"""From 33 queries to 20 keys."""
+KEYS = KEY_DOCUMENTS.shape[1]
 
 
 def draw(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def heads(n_heads: int, n_kv_heads: int, seq: int = SEQ, d_head: int = D_HEAD) -> tuple[Tensor, Tensor, Tensor]:
+def heads(
+    n_heads: int, n_kv_heads: int, seq: int = SEQ, d_head: int = D_HEAD, keys: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value of two sequences, laid out as a model's projections leave them."""
 
-    def one(count: int, seed: int) -> Tensor:
-        return draw(2, seq, count, d_head, seed=seed).transpose(1, 2)
+    def one(count: int, seed: int, length: int) -> Tensor:
+        return draw(2, length, count, d_head, seed=seed).transpose(1, 2)
 
-    return one(n_heads, 1), one(n_kv_heads, 2), one(n_kv_heads, 3)
+    return one(n_heads, 1, seq), one(n_kv_heads, 2, keys or seq), one(n_kv_heads, 3, keys or seq)
 
 
 def on(mask: Mask, device: str) -> Mask:
-    return Mask(mask.window, None if mask.documents is None else mask.documents.to(device))
+    moved = [None if x is None else x.to(device) for x in (mask.documents, mask.key_documents)]
+    return Mask(mask.window, moved[0], mask.causal, moved[1])
 
 
 def results(function: Function, inputs: Sequence[Tensor]) -> list[Tensor]:

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from megamup.kernels import cross_entropy, mlp, norm, rotary
 from megamup.kernels.choice import choose
+from megamup.kernels.rotary import Rotation
+from megamup.model import RopeScaling
 from tests.conftest import MakeConfig
 from tests.kernels.comparison import distance, draw, heads, results
 
@@ -24,6 +26,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     raise RuntimeError("run by tests/kernels/test_liger.py: Triton reads TRITON_INTERPRET when it is imported")
 
 FP32, TOLERANCE, BF16_TOLERANCE = torch.float32, 1e-6, 2e-2
+ROTATION = Rotation(500.0)
+TEMPERED = Rotation(500.0, RopeScaling(kind="yarn", factor=4.0, original_max_seq_len=64))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -51,6 +55,15 @@ def test_rms_norm(dtype: torch.dtype, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(FP32, TOLERANCE), (torch.bfloat16, BF16_TOLERANCE)])
+def test_rms_norm_of_heads(dtype: torch.dtype, tolerance: float) -> None:
+    """Short rows, (batch, heads, seq, d_head), that don't lie one after another."""
+    mine, exact = (lambda x, w, call=call: call(x, w, 0.1) for call in (norm.liger_rms_norm, norm.reference_rms_norm))
+    for d_head in (8, 12):
+        query, *_ = heads(4, 4, seq=5, d_head=d_head)
+        assert distance(mine, exact, [query, draw(d_head, seed=2)], dtype) < tolerance
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(FP32, TOLERANCE), (torch.bfloat16, BF16_TOLERANCE)])
 @pytest.mark.parametrize("biased", [True, False])
 def test_layer_norm(biased: bool, dtype: torch.dtype, tolerance: float) -> None:
     mine, exact = (
@@ -70,17 +83,18 @@ def test_rms_norm_takes_fp32_weights() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(FP32, TOLERANCE), (torch.float16, 2e-3)])
-def test_swiglu(dtype: torch.dtype, tolerance: float) -> None:
+@pytest.mark.parametrize("name", mlp.LIGER)
+def test_activation(name: str, dtype: torch.dtype, tolerance: float) -> None:
     """In fp16: NumPy, by which the interpreter computes, has no products of bf16."""
     inputs = [3 * draw(2, 7, 48), draw(2, 7, 48, seed=2)]
-    assert distance(mlp.liger_swiglu, mlp.reference_swiglu, inputs, dtype) < tolerance
+    assert distance(mlp.LIGER[name], mlp.REFERENCE[name], inputs, dtype) < tolerance
 
 
 @pytest.mark.parametrize(("n_heads", "n_kv_heads"), [(4, 4), (6, 2), (4, 1)])
-@pytest.mark.parametrize("offset", [0, 5])
-def test_rotate(n_heads: int, n_kv_heads: int, offset: int) -> None:
+@pytest.mark.parametrize("rotation", [ROTATION, TEMPERED], ids=["plain", "yarn"])
+def test_rotate(n_heads: int, n_kv_heads: int, rotation: Rotation) -> None:
     mine, exact = (
-        lambda q, k, call=call: call(q, k, 500.0, offset) for call in (rotary.liger_rotate, rotary.reference_rotate)
+        lambda q, k, call=call: call(q, k, rotation) for call in (rotary.liger_rotate, rotary.reference_rotate)
     )
     query, key, _ = heads(n_heads, n_kv_heads, seq=9)
     assert distance(mine, exact, [query, key], FP32) < 1e-5
@@ -92,7 +106,7 @@ def test_inputs_and_gradients_of_outputs_are_left_alone() -> None:
     query, key, _ = (x.float().requires_grad_() for x in heads(4, 2, seq=9))
     x, weight = draw(2, 7, 48).float().requires_grad_(), draw(48, seed=2).float().requires_grad_()
     for inputs, outputs in (
-        ([query, key], rotary.liger_rotate(query, key, 500.0)),
+        ([query, key], rotary.liger_rotate(query, key, ROTATION)),
         ([x, weight], (norm.liger_rms_norm(x, weight, 0.1),)),
         ([x, weight], (norm.liger_layer_norm(x, weight, None, 0.1),)),
     ):
@@ -109,28 +123,53 @@ def weightings() -> dict[str, Tensor]:
     return {"number": torch.tensor(0.3), "mask": (uniform > 0.4) * 0.7, "any": uniform, "nothing": torch.zeros(21)}
 
 
+def targets() -> Tensor:
+    return torch.randint(0, 50, (21,), generator=torch.Generator().manual_seed(4))
+
+
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("weighting", ["number", "mask", "any"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(FP32, TOLERANCE), (torch.bfloat16, BF16_TOLERANCE)])
-def test_cross_entropy(dtype: torch.dtype, tolerance: float, weighting: str) -> None:
+def test_cross_entropy(dtype: torch.dtype, tolerance: float, weighting: str, biased: bool) -> None:
     weights = weightings()[weighting]
-    targets = torch.randint(0, 50, (21,), generator=torch.Generator().manual_seed(4))
 
-    def exact(hidden: Tensor, weight: Tensor) -> Tensor:
-        losses = F.cross_entropy(0.5 * hidden @ weight.t(), targets, reduction="none")
+    def exact(hidden: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
+        losses = F.cross_entropy(0.5 * hidden @ weight.t() + sum(bias), targets(), reduction="none")
         return (losses * weights.double()).sum()
 
-    def mine(hidden: Tensor, weight: Tensor) -> Tensor:
-        loss = cross_entropy.liger(hidden, weight, targets, weights.float(), 0.5)
+    def mine(hidden: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
+        loss = cross_entropy.liger(hidden, weight, targets(), weights.float(), 0.5, *bias)
         assert loss.dtype == torch.float32
         return loss.to(hidden.dtype)
 
-    assert distance(mine, exact, [draw(21, 24), draw(50, 24, seed=2)], dtype) < tolerance
+    inputs = [draw(21, 24), draw(50, 24, seed=2), draw(50, seed=3)]
+    assert distance(mine, exact, inputs[: 2 + biased], dtype) < tolerance
+
+
+@pytest.mark.parametrize("weighting", ["mask", "any"])
+def test_a_target_below_zero_is_none(weighting: str) -> None:
+    hidden, weight, weights = draw(21, 24).float(), draw(50, 24, seed=2).float(), weightings()[weighting].float()
+    weights[::4] = 0.0
+    written = [targets().masked_fill(weights == 0, value) for value in (-1, 7)]
+    first, second = (
+        results(lambda h, w, t=t: cross_entropy.liger(h, w, t, weights, 1.0), [hidden, weight]) for t in written
+    )
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+    assert first[0] > 0
+
+
+def test_the_multiplier_rounds_no_hidden_states() -> None:
+    """With fp32 masters a multiplier costs nothing: the loss is exact where multiplier x weight is, in bf16."""
+    hidden = draw(21, 24).bfloat16()
+    product = draw(50, 24, seed=2).bfloat16().float()
+    weights, multiplier = torch.tensor(0.3), 0.7
+    found = cross_entropy.liger(hidden, product / multiplier, targets(), weights, multiplier)
+    assert found == cross_entropy.liger(hidden, product, targets(), weights, 1.0)
 
 
 def test_cross_entropy_of_nothing_is_nothing() -> None:
     hidden, weight = draw(21, 24).float(), draw(50, 24, seed=2).float()
-    targets = torch.zeros(21, dtype=torch.int64)
-    of = lambda h, w: cross_entropy.liger(h, w, targets, weightings()["nothing"], 1.0)  # noqa: E731
+    of = lambda h, w: cross_entropy.liger(h, w, targets(), weightings()["nothing"], 1.0)  # noqa: E731
     assert all(bool((x == 0).all()) for x in results(of, [hidden, weight]))
 
 
@@ -139,7 +178,7 @@ def test_liger_is_chosen_where_it_is_asked_for(make_config: MakeConfig) -> None:
     config = make_config(*(f"{key}={value}" for key, value in asked.items()))
     kernels = choose(config, "cpu")
     assert kernels.rms_norm is norm.liger_rms_norm
-    assert kernels.swiglu is mlp.liger_swiglu
+    assert kernels.activation is mlp.liger_swiglu
     assert kernels.rotate is rotary.liger_rotate
     assert {key: kernels.names[key.removeprefix("kernels.")] for key in asked} == asked
     assert "liger" not in choose(make_config(), "cpu").names.values()

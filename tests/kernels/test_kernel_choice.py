@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from megamup import kernel_rules
 from megamup.config import Config
 from megamup.errors import MegamupError
 from megamup.kernels import attention, choice, mlp, norm, rotary
@@ -22,6 +23,9 @@ CPU, VOLTA, AMPERE, HOPPER = (
 )
 OPERATIONS = ("attention", "norm", "mlp", "rotary", "cross_entropy")
 GPT = ("model.arch=gpt", "model.n_kv_heads=4")
+CAP = ("model.attention_soft_cap=50",)
+RELATIVE = ("model.positions=relative",)
+DOCUMENTS_COMPILED = ("precision=bf16", "data.documents=true", "kernels.compile=true")
 
 
 @pytest.fixture
@@ -54,6 +58,20 @@ def names(config: Config, machine: Machine) -> tuple[str, ...]:
         (AMPERE, ("precision=bf16", "model.d_head=264"), ("sdpa", "liger", "liger", "liger", "liger")),
         (AMPERE, ("precision=bf16", "parallel.tensor=2"), ("flash_attn", "liger", "liger", "liger", "fused")),
         (AMPERE, ("precision=bf16", *GPT), ("flash_attn", "liger", "torch", "liger", "liger")),
+        (HOPPER, ("precision=bf16", "model.activation=geglu_tanh"), ("sdpa", "liger", "liger", "liger", "liger")),
+        (HOPPER, ("model.activation=relu2", "model.logit_soft_cap=30"), ("sdpa", "liger", "torch", "liger", "fused")),
+        (HOPPER, ("objective.z_loss=1e-4",), ("sdpa", "liger", "liger", "liger", "fused")),
+        (CPU, ("model.window=8",), ("sdpa", "torch", "torch", "torch", "fused")),
+        (CPU, CAP, ("reference", "torch", "torch", "torch", "fused")),
+        (VOLTA, CAP, ("reference", "torch", "torch", "torch", "fused")),
+        (HOPPER, CAP, ("flex", "liger", "liger", "liger", "liger")),
+        (HOPPER, ("precision=bf16", *CAP), ("flash_attn", "liger", "liger", "liger", "liger")),
+        (HOPPER, ("precision=bf16", "model.window=8"), ("flash_attn", "liger", "liger", "liger", "liger")),
+        (HOPPER, ("precision=bf16", "data.documents=true"), ("flash_attn", "liger", "liger", "liger", "liger")),
+        (HOPPER, DOCUMENTS_COMPILED, ("flex", "torch", "torch", "torch", "liger")),
+        (AMPERE, ("precision=bf16", *RELATIVE), ("sdpa", "liger", "liger", "liger", "liger")),
+        (AMPERE, ("precision=bf16", *RELATIVE, *CAP), ("flex", "liger", "liger", "liger", "liger")),
+        (CPU, (*RELATIVE, *CAP), ("reference", "torch", "torch", "torch", "fused")),
     ],
 )
 def test_auto(make_config: MakeConfig, machine: Machine, overrides: tuple[str, ...], expected: tuple[str, ...]) -> None:
@@ -77,7 +95,12 @@ def test_auto_takes_what_is_installed(make_config: MakeConfig) -> None:
         (AMPERE, ["kernels.attention=flex", "model.d_head=8"], "d_head of 16 or more, which is 8"),
         (CPU, ["kernels.norm=liger"], "kernels.norm=liger can't run here: it needs CUDA.*: auto, torch, reference"),
         (VOLTA, ["kernels.norm=liger"], "Ampere.*7, 0"),
-        (AMPERE, ["kernels.mlp=liger", *GPT], "tanh approximation"),
+        (AMPERE, ["kernels.mlp=liger", *GPT], "has swiglu and geglu_tanh, and model.activation is gelu"),
+        (AMPERE, ["kernels.attention=sdpa", *CAP], "no soft cap, and .*attention_soft_cap is 50.*: auto, flex"),
+        (AMPERE, ["kernels.attention=flash_attn", "precision=bf16", *RELATIVE], "positions is relative"),
+        (AMPERE, ["kernels.attention=flash_attn", *DOCUMENTS_COMPILED], "how many documents a batch has"),
+        (AMPERE, ["kernels.cross_entropy=liger", "model.logit_soft_cap=30"], "model.logit_soft_cap is 30"),
+        (AMPERE, ["kernels.cross_entropy=liger", "objective.z_loss=0.001"], "objective.z_loss is 0.001"),
         (AMPERE, ["kernels.mlp=liger", "model.d_ff=65600"], "65600"),
         (AMPERE, ["kernels.cross_entropy=liger", "parallel.tensor=2"], "parallel.tensor=2.*: auto, fused, reference"),
     ],
@@ -118,16 +141,19 @@ def test_what_is_asked_for_is_taken(make_config: MakeConfig, op: str, backend: s
 
 def test_names_are_the_functions(make_config: MakeConfig) -> None:
     ours = choose(make_config(), "cpu")
-    assert (ours.attention, ours.rms_norm, ours.swiglu) == (attention.sdpa, norm.torch_rms_norm, mlp.torch_swiglu)
+    assert (ours.attention, ours.rms_norm) == (attention.sdpa, norm.torch_rms_norm)
+    assert ours.activation is mlp.TORCH["swiglu"]
+    assert ours.overlaps
     plain = choose(make_config(*(f"kernels.{op}=reference" for op in OPERATIONS)), "cpu")
     assert (plain.attention, plain.layer_norm) == (attention.reference, norm.reference_layer_norm)
-    assert (plain.gelu, plain.rotate) == (mlp.reference_gelu, rotary.reference_rotate)
+    assert (plain.activation, plain.rotate) == (mlp.REFERENCE["swiglu"], rotary.reference_rotate)
+    assert choose(make_config("model.activation=relu2"), "cpu").activation is mlp.TORCH["relu2"]
     fast = {**ours.names, "attention": "sdpa", "norm": "liger", "mlp": "liger", "rotary": "liger"}
-    on_hopper = kernels_of(fast, HOPPER)
+    on_hopper = kernels_of(fast, HOPPER, "swiglu")
     assert on_hopper.attention is attention.cudnn_sdpa
-    assert (on_hopper.rms_norm, on_hopper.swiglu) == (norm.liger_rms_norm, mlp.liger_swiglu)
-    assert (on_hopper.gelu, on_hopper.geglu) == (mlp.torch_gelu, mlp.torch_geglu)
-    assert kernels_of(fast, AMPERE).attention is attention.sdpa
+    assert (on_hopper.rms_norm, on_hopper.activation) == (norm.liger_rms_norm, mlp.liger_swiglu)
+    assert kernels_of(fast, AMPERE, "geglu_tanh").attention is attention.sdpa
+    assert kernels_of(fast, AMPERE, "geglu_tanh").activation is mlp.liger_geglu_tanh
 
 
 def test_the_default_compiles_as_one_graph(make_config: MakeConfig) -> None:
@@ -135,10 +161,45 @@ def test_the_default_compiles_as_one_graph(make_config: MakeConfig) -> None:
     kernels = choose(make_config(), "cpu")
 
     def region(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        query, key = kernels.rotate(query, key, 500.0)
-        mixed = kernels.attention(kernels.rms_norm(query, weight, 1e-5), key, value, 0.1, attention.CAUSAL)
-        return kernels.swiglu(kernels.layer_norm(mixed, weight, weight, 1e-5), kernels.gelu(mixed))
+        query, key = kernels.rotate(query, key, rotary.Rotation(500.0))
+        query, scores = kernels.rms_norm(query, weight, 1e-5), attention.Scores(0.1)
+        mixed = kernels.attention(query, key, value, scores, attention.CAUSAL)
+        return kernels.activation(kernels.layer_norm(mixed, weight, weight, 1e-5), mixed)
 
     inputs = [*heads(6, 2), draw(16, seed=7)]
     compiled = torch.compile(region, fullgraph=True, dynamic=False, backend="aot_eager")
     assert apart(results(compiled, inputs), results(region, inputs)) < 1e-13
+
+
+# ----------------------------------------------------------------------------- by the config alone
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["kernels.cross_entropy=liger", "parallel.tensor=2"], "parallel.tensor=2 cuts it. What can: fused, reference"),
+        (["kernels.attention=flash_attn"], "precision is fp32"),
+        (["kernels.mlp=liger", "model.d_ff=65600"], "65600"),
+        (["kernels.matmul=fp8", "precision=bf16", "model.d_ff=168", "parallel.tensor=2"], "parallel.tensor is 84"),
+    ],
+)
+def test_what_no_machine_can_is_told_from_the_config(
+    make_config: MakeConfig, overrides: list[str], message: str
+) -> None:
+    reason = kernel_rules.refused(make_config(*overrides))
+    assert reason is not None
+    assert reason.startswith(overrides[0])
+    assert message in reason
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("kernels.attention=flash_attn", "precision=bf16"),
+        ("kernels.cross_entropy=liger", "kernels.mlp=liger", "kernels.norm=liger", "kernels.rotary=liger"),
+        ("kernels.cross_entropy=fused", "model.logit_soft_cap=30", "parallel.tensor=2"),
+    ],
+)
+def test_what_some_machine_can_is_not_refused(make_config: MakeConfig, overrides: tuple[str, ...]) -> None:
+    assert kernel_rules.refused(make_config(*overrides)) is None

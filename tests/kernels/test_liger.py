@@ -32,10 +32,11 @@ def test_liger_is_the_reference_through_the_interpreter() -> None:
     [
         (lambda x, w: norm.liger_rms_norm(x, w, 0.1), 2),
         (lambda x, w, b: norm.liger_layer_norm(x, w, b, 0.1), 3),
-        (lambda q, k: rotary.liger_rotate(q, k, 500.0), 0),
+        (lambda q, k: rotary.liger_rotate(q, k, rotary.Rotation(500.0)), 0),
         (lambda gate, up: mlp.liger_swiglu(gate, up), -1),
+        (lambda gate, up: mlp.liger_geglu_tanh(gate, up), -1),
     ],
-    ids=["rms_norm", "layer_norm", "rotate", "swiglu"],
+    ids=["rms_norm", "layer_norm", "rotate", "swiglu", "geglu_tanh"],
 )
 def test_liger_is_traced_into_one_graph(function: Function, n_inputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the kernel in it, on a machine that torch takes for one with a GPU; there is none to run it."""

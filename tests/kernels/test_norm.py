@@ -16,7 +16,7 @@ from megamup.kernels.norm import (
     torch_layer_norm,
     torch_rms_norm,
 )
-from tests.kernels.comparison import distance, draw
+from tests.kernels.comparison import distance, draw, heads
 
 EPS = 0.1
 """Large, so that one left out or added outside the root is seen."""
@@ -36,6 +36,16 @@ def layer_inputs() -> list[Tensor]:
 def test_rms_norm(backend: RmsNorm, dtype: torch.dtype, tolerance: float) -> None:
     mine, exact = (lambda x, w, call=call: call(x, w, EPS) for call in (backend, reference_rms_norm))
     assert distance(mine, exact, rms_inputs(), dtype) < tolerance
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
+@pytest.mark.parametrize("backend", [reference_rms_norm, torch_rms_norm])
+def test_rms_norm_of_heads(backend: RmsNorm, dtype: torch.dtype, tolerance: float) -> None:
+    """Rows of d_head, laid out as a projection leaves them: (batch, heads, seq, d_head)."""
+    mine, exact = (lambda x, w, call=call: call(x, w, EPS) for call in (backend, reference_rms_norm))
+    for d_head in (2, 16):
+        query, *_ = heads(6, 2, d_head=d_head)
+        assert distance(mine, exact, [query, draw(d_head, seed=2)], dtype) < tolerance
 
 
 @pytest.mark.parametrize("biased", [True, False])

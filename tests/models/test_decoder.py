@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from megamup.config import Config, config_from
-from megamup.models.decoder import Decoder, build_decoder
+from megamup.models.build import build_network
+from megamup.models.network import Network
 from megamup.parallel.layers import spec_of
 
 LLAMA = {"arch": "llama", "d_model": 48, "n_layers": 2, "n_heads": 6, "n_kv_heads": 2, "d_head": 16, "d_ff": 80}
@@ -17,12 +18,12 @@ GPT = {"arch": "gpt", "d_model": 48, "n_layers": 2, "n_heads": 4, "d_ff": 80}
 SIZES = {"vocab_size": 100, "max_seq_len": 24}
 
 
-def build(model: dict[str, Any], **sections: Any) -> tuple[Config, Decoder, dict[str, Tensor]]:
+def build(model: dict[str, Any], **sections: Any) -> tuple[Config, Network, dict[str, Tensor]]:
     """A decoder whose biases and gains are no zeros and ones, and its weights by global name."""
     sigma = {"embedding": 0.5, "hidden": 0.2, "residual_out": 0.2, "readout": 0.2}
     values = {"model": model | SIZES, "mup": {"sigma": sigma}, "data": {"train": "shard"}, "train": {"steps": 1}}
     config = config_from(values | sections)
-    net = build_decoder(config)
+    net = build_network(config)
     draw = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for shard in net.parameters():
@@ -35,11 +36,11 @@ def token_ids() -> Tensor:
     return torch.randint(SIZES["vocab_size"], (3, SIZES["max_seq_len"]), generator=torch.Generator().manual_seed(5))
 
 
-def assert_same_logits(ours: Decoder, theirs: Any) -> None:
+def assert_same_logits(ours: Network, theirs: Any) -> None:
     with torch.no_grad():
         expected = theirs.eval()(token_ids()).logits
         assert expected.std() > 0.3  # not all alike
-        torch.testing.assert_close(ours(token_ids()), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ours({"tokens": token_ids()}), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -127,7 +128,7 @@ def test_a_token_changes_no_logits_before_it(model: dict[str, Any], changed: int
     after = before.clone()
     after[:, changed] = (after[:, changed] + 1) % SIZES["vocab_size"]
     with torch.no_grad():
-        difference = (net(after) - net(before)).abs().amax(dim=(0, 2))  # (seq)
+        difference = (net({"tokens": after}) - net({"tokens": before})).abs().amax(dim=(0, 2))  # (seq)
     assert (difference[:changed] < 1e-6).all()
     assert (difference[changed:] > 1e-4).all()
 

@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from megamup.config import Config, config_from
-from megamup.models.blocks import CoreAttention
-from megamup.models.decoder import build_decoder
+from megamup.models.attention import CoreAttention
+from megamup.models.build import build_network
 from megamup.parallel.layers import spec_of
 from megamup.parallel.mesh import SINGLE, build_mesh
 from megamup.sections import Parallel
@@ -116,14 +116,14 @@ def outcome(
     if config.parallel != Parallel():
         distributed.join()
         mesh = build_mesh(config.parallel)
-    model = build_decoder(config, mesh)
+    model = build_network(config, mesh)
     for module in model.modules():
         if isinstance(module, CoreAttention):
             hook(module)
     tokens = torch.randint(VOCAB, (BATCH, SEQ + 1), generator=torch.Generator().manual_seed(7))
     inputs, targets = (x.chunk(mesh.context.size, 1)[mesh.context.rank] for x in (tokens[:, :-1], tokens[:, 1:]))
     with Watch() as forward:
-        loss = model(inputs, (targets, torch.tensor(1.0)))
+        loss = model({"tokens": inputs}, (targets, torch.tensor(1.0)))
     kept = forward.kept
     between()
     with Watch() as backward:

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megamup.config import Config
 from megamup.kernels.attention import CAUSAL
-from megamup.models.blocks import Attention
-from megamup.models.decoder import context
+from megamup.models.attention import Attention
+from megamup.models.build import context
 from megamup.mup import block_scales
 from megamup.parallel.collectives import SEQ, copy_to_axis, enter, exchange, leave
 from megamup.parallel.mesh import Axis, build_mesh

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megamup.config import Config
-from megamup.models.blocks import Norm, PositionEmbedding
-from megamup.models.decoder import context
+from megamup.models.build import context
+from megamup.models.embeddings import PositionEmbedding
+from megamup.models.norm import Norm
 from megamup.parallel.collectives import SEQ, all_reduce
 from megamup.parallel.layers import (
     ColumnParallelLinear,

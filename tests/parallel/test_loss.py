@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megamup.parallel import loss
-from megamup.parallel.loss import CrossEntropy, Unread, fused
+from megamup.parallel.loss import CrossEntropy, Head, Unread, fused, losses_and_gradients
 from megamup.parallel.mesh import SINGLE, Axis, build_mesh
 from megamup.sections import Parallel
 from megamup.train import distributed
@@ -32,6 +32,9 @@ class Case:
     """At a time; default what the module says."""
     dtype: torch.dtype = torch.float32
     """Of the hidden states."""
+    soft_cap: float | None = None
+    z_loss: float = 0.0
+    bias: bool = False
 
 
 CASES = {
@@ -43,6 +46,12 @@ CASES = {
     "pieces, one weight": Case(logits=7 * VOCAB, weights="one"),
     "bf16": Case(dtype=torch.bfloat16, multiplier=0.5),
     "bf16, pieces": Case(dtype=torch.bfloat16, logits=10 * VOCAB, multiplier=0.5),
+    "soft cap": Case(soft_cap=1.5, multiplier=0.8),
+    "z-loss": Case(z_loss=0.3, multiplier=0.7),
+    "z-loss, one weight": Case(z_loss=0.3, weights="one"),
+    "bias": Case(bias=True, multiplier=0.37),
+    "all": Case(soft_cap=2.0, z_loss=0.1, bias=True, multiplier=1.7, logits=10 * VOCAB),
+    "all, bf16": Case(soft_cap=2.0, z_loss=0.1, bias=True, multiplier=1.7, logits=10 * VOCAB, dtype=torch.bfloat16),
 }
 
 
@@ -61,29 +70,44 @@ def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def in_float64(case: Case) -> list[Tensor]:
-    """Loss, and its gradients by hidden states and weight."""
+    """Loss, and the gradients of what is minimized by hidden states and weight, and by the bias if there is one."""
     hidden, weight, targets, weights = inputs(case)
-    leaves = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
-    logits = case.multiplier * leaves[0] @ leaves[1].t()
+    leaves = [x.double().requires_grad_() for x in (hidden, weight, *([bias()] if case.bias else []))]
+    logits = case.multiplier * leaves[0] @ leaves[1].t() + sum(leaves[2:])
+    if case.soft_cap is not None:
+        logits = case.soft_cap * torch.tanh(logits / case.soft_cap)
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(BATCH, SEQ)
-    total = (losses * weights).sum()
-    return [total.detach(), *torch.autograd.grad(total, leaves)]
+    minimized = losses + case.z_loss * logits.logsumexp(-1).square()
+    return [(losses * weights).sum().detach(), *torch.autograd.grad((minimized * weights).sum(), leaves)]
+
+
+def bias() -> Tensor:
+    return draw(4, VOCAB).bfloat16().float()
 
 
 def found(case: Case, backend: str, axis: Axis) -> list[Tensor]:
     """The same of this rank's part of the vocabulary, gathered; the loss's gradient is 3, as if it were scaled."""
     hidden, weight, targets, weights = inputs(case)
-    mine = weight.chunk(axis.size)[axis.rank].clone().requires_grad_()
-    unread = Unread(hidden.requires_grad_(), mine, case.multiplier, replace(SINGLE, tensor=axis))
-    total = CrossEntropy(backend)(unread, (targets, weights))
+    whole = [weight, bias()] if case.bias else [weight]
+    mine = [x.chunk(axis.size)[axis.rank].clone().requires_grad_() for x in whole]
+    at = replace(SINGLE, tensor=axis)
+    unread = Unread(
+        hidden.requires_grad_(), mine[0], case.multiplier, at, case.soft_cap, mine[1] if case.bias else None
+    )
+    total = CrossEntropy(backend, case.z_loss)(unread, (targets, weights))
     assert total.dtype == torch.float32
-    of_hidden, of_weight = torch.autograd.grad(total, [hidden, mine], torch.tensor(3.0))
-    assert (of_hidden.dtype, of_weight.dtype) == (case.dtype, torch.float32)
-    parts = [of_weight]
-    if axis.size > 1:
-        parts = [torch.empty_like(of_weight) for _ in range(axis.size)]
-        dist.all_gather(parts, of_weight.contiguous(), group=axis.group)
-    return [total.detach(), of_hidden / 3, torch.cat(parts) / 3]
+    of_hidden, *of_mine = torch.autograd.grad(total, [hidden, *mine], torch.tensor(3.0))
+    assert [x.dtype for x in (of_hidden, *of_mine)] == [case.dtype, *(torch.float32 for _ in mine)]
+    return [total.detach(), of_hidden / 3, *(gathered(x, axis) / 3 for x in of_mine)]
+
+
+def gathered(x: Tensor, axis: Axis) -> Tensor:
+    """The parts of all ranks, joined along the first dim."""
+    if axis.size == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(axis.size)]
+    dist.all_gather(parts, x.contiguous(), group=axis.group)
+    return torch.cat(parts)
 
 
 def all_cases(size: int) -> dict[tuple[str, str], list[Tensor]]:
@@ -127,7 +151,7 @@ def test_the_pieces_say_nothing_about_the_result(monkeypatch: pytest.MonkeyPatch
 def test_a_token_of_weight_zero_has_no_say() -> None:
     hidden, weight, targets, weights = inputs(Case())
     hidden.requires_grad_()
-    arguments = (weight, targets.flatten(), weights.flatten(), 1.0, SINGLE.tensor)
+    arguments = (weight, targets.flatten(), weights.flatten(), Head(), SINGLE.tensor)
     total = fused(hidden.flatten(0, 1), *arguments)
     (gradient,) = torch.autograd.grad(total, hidden)
     assert (gradient[:, ::5] == 0).all()
@@ -135,6 +159,54 @@ def test_a_token_of_weight_zero_has_no_say() -> None:
     other = hidden.detach().clone()
     other[:, ::5] = 100.0
     assert fused(other.flatten(0, 1), *arguments) == total
+
+
+@pytest.mark.parametrize("backend", ["fused", "reference"])
+def test_a_target_below_zero_is_none(backend: str) -> None:
+    """With weight zero: no loss, no gradient, whatever stands there."""
+    case = Case(multiplier=0.37, z_loss=0.1)
+    hidden, weight, targets, weights = inputs(case)
+    results = []
+    for written in (-1, 5):
+        leaf, labels = hidden.clone().requires_grad_(), (targets.masked_fill(weights == 0, written), weights)
+        total = CrossEntropy(backend, case.z_loss)(Unread(leaf, weight, case.multiplier, SINGLE), labels)
+        total.backward()
+        assert leaf.grad is not None
+        assert (leaf.grad[:, ::5] == 0).all()
+        results.append((total, leaf.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+def test_the_cap_bounds_the_logits_that_are_watched() -> None:
+    hidden, weight, *_ = inputs(Case())
+    unread = Unread(100 * hidden, weight, 1.0, SINGLE, soft_cap=3.0, bias=bias())
+    assert unread.logits().abs().max() <= 3.0
+    whole = torch.cat(list(unread.pieces(7 * VOCAB)))
+    torch.testing.assert_close(whole.view(BATCH, SEQ, VOCAB), unread.logits())
+    assert replace(unread, soft_cap=None).logits().abs().max() > 100
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_compiled_is_one_graph_and_an_evaluation_computes_no_gradient(gradients: bool) -> None:
+    torch.compiler.reset()
+    case = Case(soft_cap=2.0, z_loss=0.1, bias=True, multiplier=1.7)
+    graphs = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    hidden, weight, targets, weights = inputs(case)
+    rows = torch.compile(losses_and_gradients, fullgraph=True, dynamic=False, backend=keep)
+    head = Head(case.multiplier, case.soft_cap, case.z_loss)
+    arguments = (targets.flatten(), weights.flatten(), head, SINGLE.tensor, bias())
+    with torch.set_grad_enabled(gradients):
+        leaf = weight.clone().requires_grad_()
+        found = fused(hidden.flatten(0, 1), leaf, *arguments, rows_of_logits=rows)
+        assert found == fused(hidden.flatten(0, 1), leaf, *arguments)
+    (graph,) = graphs
+    assert ("scatter_add" in graph.code) == gradients
 
 
 # --------------------------------------------------------------------------- what never exists

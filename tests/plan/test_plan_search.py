@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from megamup import kernel_rules
 from megamup.cli import load_program
 from megamup.cluster import parse_cluster
 from megamup.config import Config, config_from, dump_config, load_config, micro_batches
@@ -60,6 +61,24 @@ def test_nothing_that_fits_is_faster() -> None:
     fitting = [one for one in everything.candidates if one.peak_bytes <= HEADROOM * 40e9]
     assert 0 < len(fitting) < len(everything.candidates)
     assert best == min(fitting, key=lambda one: one.step.seconds)
+
+
+@pytest.mark.parametrize("kernels", [{"cross_entropy": "liger"}, {"matmul": "fp8"}, {"attention": "flash_attn"}])
+def test_no_layout_that_its_kernels_cannot_compute(kernels: dict[str, str]) -> None:
+    """Liger's loss has no tensor axis; fp8 wants multiples of 16 of d_ff / tensor, and of the rows of a micro batch."""
+    values = config(n_layers=4, d_ff=14_352, max_seq_len=520).model_dump(mode="json")
+    small = {"kernels": values["kernels"] | kernels, "batch": {"global_sequences": 16}}
+    cluster = parse_cluster("configs/clusters/h100.yaml,devices=4")
+    plain = search(config_from(values | {"batch": {"global_sequences": 16}}), cluster, limit=10**6)
+    found = search(config_from(values | small), cluster, limit=10**6)
+    kept = [load_overrides(config_from(values | small), one.overrides) for one in found.candidates]
+    assert all(kernel_rules.refused(one) is None for one in kept)
+    refused = any(one.parallel.tensor > 1 for one in kept)
+    assert refused == ("attention" in kernels)
+    assert (len(found.candidates) < len(plain.candidates)) == ("attention" not in kernels)
+    if "matmul" in kernels:
+        assert {one.batch.micro_sequences for one in kept} >= {2}
+        assert all((one.batch.micro_sequences or 1) % 2 == 0 or one.parallel.context == 1 for one in kept)
 
 
 def test_a_larger_model_needs_more_than_data_parallelism() -> None:

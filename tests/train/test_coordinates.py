@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from megamup.config import Config
 from megamup.kernels.attention import reference
 from megamup.kernels.rotary import rotate
-from megamup.models.blocks import Block, CoreAttention
+from megamup.models.attention import CoreAttention
+from megamup.models.blocks import Block
 from megamup.mup import attention_scale
 from megamup.parallel.mesh import build_mesh
 from megamup.parameters import parameters
@@ -138,7 +139,7 @@ def rms(x: Tensor) -> float:
 @torch.no_grad()
 def forward_by_hand(config: Config, net: nn.Module, batch: Sequence[MicroBatch]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
-    tokens = x = torch.cat([micro.tokens for micro in batch])
+    tokens = x = torch.cat([micro.inputs["tokens"] for micro in batch])
     for layer in net.layers:  # type: ignore[union-attr]
         if layer.name == "readout":
             continue

@@ -139,7 +139,7 @@ def batch_of_step(config: Any, step: int) -> list[list[int]]:
 
     def watched(batch: Any, lr: float) -> Any:
         for micro in batch:
-            seen.extend(torch.cat([micro.tokens, micro.targets[:, -1:]], dim=1).tolist())
+            seen.extend(torch.cat([micro.inputs["tokens"], micro.targets[:, -1:]], dim=1).tolist())
         return train_batch(batch, lr)
 
     run.engine.train_batch = watched  # type: ignore[method-assign]
@@ -165,7 +165,7 @@ def test_weights_are_shares_of_the_global_batchs_targets(padded: bool) -> None:
     counted = [losses[0].flatten(), losses[1][mask] if padded else losses[1].flatten()]
     assert float(mean) == pytest.approx(float(torch.cat(counted).mean()))
     assert all(batch.weights.dtype == torch.float32 for batch in micro)
-    assert torch.equal(micro[0].tokens, window[:, :-1])
+    assert torch.equal(micro[0].inputs["tokens"], window[:, :-1])
     assert torch.equal(micro[0].targets, window[:, 1:])
 
 

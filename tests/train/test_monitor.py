@@ -14,7 +14,8 @@ from torch import Tensor
 from megamup.config import Config
 from megamup.kernels.attention import reference
 from megamup.kernels.rotary import rotate
-from megamup.models.blocks import Block, CoreAttention
+from megamup.models.attention import CoreAttention
+from megamup.models.blocks import Block
 from megamup.mup import attention_scale
 from megamup.parallel.layers import spec_of
 from megamup.parameters import parameters
@@ -126,7 +127,7 @@ def one_step_by_hand(config: Config) -> tuple[dict[str, float], dict[str, float]
 def forward_by_hand(run: Training, step: int) -> dict[str, float]:
     batch, _ = weigh(read(run.train_data, step), run.mesh, run.device)
     expected, attention = {}, [0.0]
-    x: Tensor = batch[0].tokens
+    x: Tensor = batch[0].inputs["tokens"]
     with torch.no_grad():
         for layer, name in zip(
             run.engine.deepspeed.module.layers,

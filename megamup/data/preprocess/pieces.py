@@ -41,6 +41,7 @@ class PartInfo:
     documents: int = 0
     tokens: int = 0
     text_bytes: int = 0
+    text_words: int = 0
     max_id: int = -1
     bin_bytes: int = 0
     bin_crc: int = 0
@@ -178,7 +179,7 @@ class PieceWriter:
     def _path(self, suffix: str) -> Path:
         return self._folder.path / f"{self._key}.{suffix}{self._suffix}"
 
-    def write(self, part: int, ids: Ids, text_bytes: int) -> None:
+    def write(self, part: int, ids: Ids, text_bytes: int = 0, text_words: int = 0) -> None:
         """Append ids of the output's dtype; `end_documents` says later how they fall into documents."""
         if not len(ids):
             return
@@ -187,6 +188,7 @@ class PieceWriter:
         info.bin_bytes += ids.nbytes
         info.tokens += len(ids)
         info.text_bytes += text_bytes
+        info.text_words += text_words
         info.max_id = max(info.max_id, int(ids.max()))
         self._write(f"{part}.bin", data)
 

@@ -31,7 +31,7 @@ from megamup.data.work.lanes import Lane, Schedule, result_of
 from megamup.data.writer import StagedCorpus, publish
 from megamup.errors import MegamupError
 
-PIECE_FORMAT = 1
+PIECE_FORMAT = 2
 """Of what units and pieces mean: another number finds no pieces of this one."""
 SAMPLE_CHARACTERS = 1 << 18
 SAMPLE_TEXT = 1 << 16
@@ -94,6 +94,7 @@ class Outcome:
             total.documents += part.documents
             total.tokens += part.tokens
             total.text_bytes += part.text_bytes
+            total.text_words += part.text_words
             total.max_id = max(total.max_id, part.max_id)
         self.left_out.update(piece.left_out)
         self.named += piece.named[: NAMED_DOCUMENTS - len(self.named)]
@@ -255,6 +256,7 @@ class Run:
                 options=self.job.described_options(),
                 left_out=dict(sorted(outcome.left_out.items())),
                 inexact_cuts=outcome.inexact_cuts,
+                text_words=part.text_words,
             )
             staged.append(StagedCorpus(prefix, self.work.path / "shards", manifest))
         store_tokenizer(tokenizer, folder)

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from megamup.errors import MegamupError
+from megamup.model import Model
 from megamup.parameters import count
 from megamup.scaling.readers.log import Record, RunLog, by_wandb_step, flat
-from megamup.sections import Model
 
 HEADER = struct.Struct("<4sHB")
 IDENT = (b":W&B", 0xBEE1, 0)

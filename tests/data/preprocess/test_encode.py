@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megamup.data.preprocess.encode import Encoder
+from megamup.data.preprocess.encode import Encoder, words
 from megamup.data.preprocess.filters import SEEN_CHARACTERS
 from megamup.data.preprocess.pieces import PieceFolder, PieceInfo, PieceWriter
 from megamup.data.reading.documents import Batch
@@ -58,6 +58,21 @@ def test_long_documents_are_put_together(tmp_path: Path) -> None:
     assert info.left_out == {"empty": 1, "unreadable": 1}
     assert (info.source_bytes, info.inexact_cuts, info.named) == (7, 0, ["x: broken"])
     assert info.parts[0].text_bytes == sum(map(len, parts[0]))
+    assert info.parts[0].text_words == sum(len(text.split()) for text in parts[0])
+
+
+@pytest.mark.parametrize(
+    "text", ["one word's", " two  words\n", "für drei\u3000Worte\x85", "\x1cfour\x1f of these words"]
+)
+def test_words_are_counted_once_wherever_a_document_is_cut(tmp_path: Path, text: str) -> None:
+    for place in range(1, len(text)):
+        batches = [Batch([text[:place]], continues=True), Batch([text[place:], "and more"])]
+        info, _ = encode(tmp_path / str(place), Encoder(ByteTokenizer()), batches)
+        assert info.parts[0].text_words == len(text.split()) + 2
+
+
+def test_words_are_those_of_split(odd_texts: list[str]) -> None:
+    assert [words(text) for text in odd_texts] == [len(text.split()) for text in odd_texts]
 
 
 def test_filters_judge_a_long_document_by_its_first_text(tmp_path: Path) -> None:

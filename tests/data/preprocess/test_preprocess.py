@@ -82,6 +82,7 @@ def test_text_comes_back(
     size = sum(len(text.encode()) for text in documents)
     assert corpus.manifest is not None
     assert corpus.manifest.text_bytes == size == corpus.n_tokens - 500
+    assert corpus.manifest.text_words == sum(len(text.split()) for text in documents)
     assert corpus.manifest.sources == [{"path": str(source), "files": 1, "bytes": source.stat().st_size}]
     said = capsys.readouterr().out
     assert f"out: 500 documents, {corpus.n_tokens:,} tokens (uint16), 1.00 bytes per token" in said

@@ -218,7 +218,7 @@ def bench_table(results: Sequence[Result], bench: Bench, peak_flops: float) -> l
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
-        mfu = mfu_percent(result.tokens_per_s, config.model, config.seq_len, peak_flops)
+        mfu = mfu_percent(result.tokens_per_s, config.model, config.lengths, peak_flops)
         ratio = f"{ours.tokens_per_s / result.tokens_per_s:.3f}" if ours and result.contestant != OURS else ""
         mode = ("blocks" if config.kernels.compile else "eager") if result.contestant == OURS else result.mode
         lines.append(
@@ -244,7 +244,7 @@ def missed(results: Sequence[Result], bench: Bench, peak_flops: float, device: s
     bound = next((percent for part, percent in BOUND_MFU.items() if part in device), None)
     if ours and bound is not None:
         config = bench.race(0).config
-        mfu = mfu_percent(ours.tokens_per_s, config.model, config.seq_len, peak_flops)
+        mfu = mfu_percent(ours.tokens_per_s, config.model, config.lengths, peak_flops)
         if mfu < bound:
             found.append(f"missed: MFU {mfu:.1f}%, expected at least {bound:g}% on {device}")
     return found

@@ -267,7 +267,7 @@ class Standings:
         return [turn[OURS].tokens_per_s / turn[name].tokens_per_s for turn in self.turns]
 
     def mfu(self, name: str) -> float:
-        return mfu_percent(self.tokens_per_s(name), self.race.config.model, self.race.config.seq_len, self.peak_flops)
+        return mfu_percent(self.tokens_per_s(name), self.race.config.model, self.race.config.lengths, self.peak_flops)
 
     def table(self) -> list[str]:
         lines = [

@@ -8,11 +8,11 @@ last checkpoint.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 
+from megamup.cli import tells
 from megamup.config import load_config, split_arguments
-from megamup.errors import MegamupError, OneRankError
+from megamup.errors import MegamupError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,9 +27,7 @@ def main(argv: list[str] | None = None) -> int:
 
         train(config)
     except (MegamupError, OSError) as error:
-        # Every rank finds the same fault in config, data and folder: one a host tells it. Later ones may be one rank's.
-        first = (os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0") == "0"
-        if first or isinstance(error, OneRankError | OSError):
+        if tells(error):
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:

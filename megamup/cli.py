@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import cast
 
-from megamup.errors import MegamupError
+from megamup.errors import MegamupError, OneRankError
 from megamup.shipped import ROOTS
 
 
@@ -31,12 +31,20 @@ def report_errors(action: Callable[[], None], interrupted: str = "interrupted") 
     except BrokenPipeError:  # the reader (head, say) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (MegamupError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if tells(error):
+            print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return 130
     return 0
+
+
+def tells(error: Exception) -> bool:
+    """Whether this process should report an error: where a launcher started several, all of them find the same fault
+    in what the user gave, and one a host says so; a `OneRankError` or the system's may be this one's alone."""
+    first = (os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0") == "0"
+    return first or isinstance(error, OneRankError | OSError)
 
 
 def fraction(text: str) -> float:

@@ -51,6 +51,11 @@ class Config(Section):
         return decoder_len(self.objective, self.model.arch, self.seq_len)
 
     @property
+    def lengths(self) -> int | tuple[int, int]:
+        """Tokens of a sequence; of an encoder and a decoder, those of either (`megamup.flops.Lengths`)."""
+        return (self.seq_len, self.decoder_len) if self.decoder_len else self.seq_len
+
+    @property
     def raw_len(self) -> int:
         """Tokens of a corpus that one sequence is made of."""
         return raw_len(self.objective, self.model.arch, self.seq_len)
@@ -100,6 +105,7 @@ class Config(Section):
             self.objective, model.arch, model.vocab_size, self.seq_len, model.pair_head, self.data.documents
         )
         self.check_stretches()
+        self.check_experts()
         self.check_parametrization()
         blocks = model.n_layers + (model.n_decoder_layers or 0)
         if blocks < pipeline:
@@ -114,6 +120,11 @@ class Config(Section):
             )
         if self.seq_len > model.max_seq_len:
             raise ValueError(f"data.seq_len={self.seq_len} is longer than model.max_seq_len={model.max_seq_len}")
+        if self.decoder_len > model.max_seq_len:
+            raise ValueError(
+                f"objective.decoder_len={self.decoder_len} is longer than model.max_seq_len={model.max_seq_len}; raise "
+                "that, or lower data.seq_len or the objective's density"
+            )
         if self.schedule.warmup_steps > self.train.steps:
             raise ValueError(
                 f"schedule.warmup_steps={self.schedule.warmup_steps} exceeds train.steps={self.train.steps}"
@@ -156,6 +167,33 @@ class Config(Section):
             raise ValueError(
                 f"mup.parametrization=umup has no rule for model.{key}={getattr(model, key)} (Blake et al. 2024 treat "
                 "causal pre-norm stacks of attention and MLP); use parametrization=mup"
+            )
+
+    def check_experts(self) -> None:
+        """What cuts experts, and what shares them out."""
+        moe, tensor, ranks = self.model.moe, self.parallel.tensor, self.parallel.expert
+        if moe is None:
+            if ranks > 1:
+                raise ValueError(f"parallel.expert={ranks} has no effect without model.moe: there are no experts")
+            return
+        if moe.d_expert is not None and moe.d_expert % tensor:
+            raise ValueError(
+                f"model.moe.d_expert={moe.d_expert} is not divisible by parallel.tensor={tensor}; "
+                f"the next that is: {-(-moe.d_expert // tensor) * tensor}"
+            )
+        if moe.experts % ranks:
+            raise ValueError(
+                f"model.moe.experts={moe.experts} is not divisible by parallel.expert={ranks}: each rank holds as many"
+            )
+        if ranks > 1 and self.zero_stage > 0:
+            raise ValueError(
+                f"deepspeed={self.deepspeed} is ZeRO {self.zero_stage}, which would partition experts over ranks that "
+                f"don't hold the same ones (parallel.expert={ranks}); use ds_configs/zero0.json or expert=1"
+            )
+        if ranks > 1 and self.kernels.compile:
+            raise ValueError(
+                f"kernels.compile=true needs fixed shapes, but with parallel.expert={ranks} the number of tokens that "
+                "come to a rank changes from batch to batch; leave one of them out"
             )
 
     def check_stretches(self) -> None:

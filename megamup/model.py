@@ -61,6 +61,11 @@ class Moe(Section):
     def check_top_k(self) -> Moe:
         if self.top_k > self.experts:
             raise ValueError(f"top_k={self.top_k} is more than experts={self.experts}")
+        if self.top_k == 1 and self.normalize:
+            raise ValueError(
+                "top_k=1 with normalize=true: the weight of a single expert would be 1 whatever the router says, which "
+                "would learn nothing of the loss; set normalize=false"
+            )
         return self
 
 

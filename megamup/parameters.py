@@ -35,6 +35,11 @@ class Parameter:
         return self.branches > 0
 
     @property
+    def of_experts(self) -> bool:
+        """Its first dim are experts, which ``parallel.expert`` shares out among ranks."""
+        return ".moe.experts." in self.name
+
+    @property
     def size(self) -> int:
         return prod(self.shape)
 

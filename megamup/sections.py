@@ -135,6 +135,9 @@ class Parallel(Section):
     sequence: bool = False
     """Between the tensor-parallel regions each tensor rank keeps its stretch of the sequence only (Korthikanti et al.
     2022): norms and residual stream take 1/tensor of the memory, at the same traffic."""
+    expert: Positive = 1
+    """Data (and context) ranks that share out the experts of ``model.moe`` (Lepikhin et al. 2021): each holds
+    1/expert of them, and tokens travel to the ranks of their experts and back. ZeRO 0 only."""
 
     def data(self, world_size: int) -> int:
         """Number of data-parallel replicas among ``world_size`` ranks."""
@@ -145,7 +148,14 @@ class Parallel(Section):
                 f"replica, but {world_size} ranks were started, which is no multiple; start a multiple of "
                 f"{self.replica_ranks}"
             )
-        return world_size // self.replica_ranks
+        data = world_size // self.replica_ranks
+        if data * self.context % self.expert:
+            raise MegamupError(
+                f"parallel.expert={self.expert} does not divide the {data * self.context} ranks that hold a tensor "
+                f"shard of a stage (data={data} x context={self.context}); use one of "
+                f"{[n for n in range(1, data * self.context + 1) if data * self.context % n == 0]}"
+            )
+        return data
 
     @property
     def replica_ranks(self) -> int:
@@ -155,7 +165,7 @@ class Parallel(Section):
     @property
     def label(self) -> str:
         parts = [f"tensor={self.tensor}", f"pipeline={self.pipeline}"]
-        parts += [f"context={self.context}"] if self.context > 1 else []
+        parts += [f"{key}={size}" for key, size in (("context", self.context), ("expert", self.expert)) if size > 1]
         return ", ".join([*parts, "sequence"] if self.sequence else parts)
 
     @model_validator(mode="after")
@@ -172,7 +182,7 @@ class Kernels(Section):
     attention: Literal["auto", "flash_attn", "sdpa", "flex", "reference"] = "auto"
     norm: Literal["auto", "liger", "torch", "reference"] = "auto"
     mlp: Literal["auto", "liger", "torch", "reference"] = "auto"
-    """SwiGLU and GELU."""
+    """The activation between its products."""
     rotary: Literal["auto", "liger", "torch", "reference"] = "auto"
     cross_entropy: Literal["auto", "fused", "liger", "reference"] = "auto"
     """``fused`` and ``liger``: readout and loss in one, a few rows at a time, so that full logits never exist."""
@@ -304,6 +314,9 @@ class Schedule(Section):
 
 class Train(Section):
     steps: Positive
+    init: str | None = None
+    """Folder of weights to start from (``tools/import_hf.py`` writes it); default: they are drawn. A resumed run starts
+    from its checkpoint."""
     log_every: Positive = 10
     eval_every: NonNegative = 0
     """Steps between evaluations; 0: never in between. With ``data.valid`` set, the last step is always evaluated."""

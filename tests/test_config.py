@@ -151,7 +151,7 @@ def test_frozen() -> None:
         (["train.steps=0"], ["train.steps=0", "greater than 0"]),
         (["optim.betas=[0.9, 1.0]"], ["optim.betas", "1.0", "less than 1"]),
         (["precision=fp16"], ["precision='fp16'", "fp32", "bf16"]),
-        (["model.arch=bert"], ["model.arch='bert'", "gpt", "llama"]),
+        (["model.arch=rnn"], ["model.arch='rnn'", "gpt", "llama", "bert", "t5"]),
         (["optim=3"], ["optim=3", "dictionary"]),
     ],
 )

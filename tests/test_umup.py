@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from megamup.config import Config, config_from
-from megamup.kernels.rotary import rotate
+from megamup.kernels.attention import CAUSAL
+from megamup.kernels.rotary import Rotation, rotate
 from megamup.models.blocks import Block
 from megamup.models.build import build_network
 from megamup.mup import table
@@ -70,7 +71,7 @@ def unit_scaled_llama(config: Config, weights: dict[str, Tensor], tokens: Tensor
             linear(x, f"{block}.attention.{part}").unflatten(-1, (-1, model.d_head)).transpose(1, 2)
             for part in ("query", "key", "value")
         )
-        query, key = rotate(query, model.rope_theta), rotate(key, model.rope_theta)
+        query, key = rotate(query, Rotation(model.rope_theta)), rotate(key, Rotation(model.rope_theta))
         key, value = (kv.repeat_interleave(model.n_heads // model.n_kv_heads, dim=1) for kv in (key, value))
         mixed = U.scaled_dot_product_attention(query, key, value, is_causal=True, mult=alpha.attention)
         return linear(mixed.transpose(1, 2).flatten(-2), f"{block}.attention.output")
@@ -167,4 +168,4 @@ def test_attention_over_independent_values_has_deviation_1(seq: int, temperature
     block = next(layer for layer in build_network(config).layers if isinstance(layer, Block))
     draw = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(8, 4, seq, 32, generator=draw) for _ in range(3))
-    assert 0.7 < rms(block.attention.core(query, key, value)) < 1.4
+    assert 0.7 < rms(block.attention.core(query, key, value, CAUSAL)) < 1.4

@@ -12,6 +12,9 @@ from megamup.data.objectives.base import Window
 from megamup.data.permutation import Indices
 from megamup.data.samples import SampleSource
 
+PART = 1 << 15
+"""Tokens that are worked on at once where that takes arrays besides the window: what a core's cache holds."""
+
 
 class Batch(NamedTuple):
     window: Window  # (batch, width) all that the model and its loss read of each sample
@@ -33,4 +36,7 @@ def collate(
     used = objective or Causal(source.seq_len)
     if window is None:
         window = np.empty((len(indices), used.width), np.int64)
-    return Batch(window, used.columns, used.fill(source, indices, window))
+    rows = max(len(indices) if isinstance(used, Causal) else PART // used.raw_len, 1)
+    places = [slice(start, start + rows) for start in range(0, len(indices), rows)]
+    counts = [used.fill(source, indices[place], window[place]) for place in places]
+    return Batch(window, used.columns, np.concatenate([np.empty(0, np.int64), *counts]))

@@ -62,14 +62,14 @@ class PackedSamples:
         self._all = (corpus.n_tokens - 1) // seq_len
         if self._all == 0:
             raise MegamupError(
-                f"corpus {corpus.prefix!r} holds {corpus.n_tokens:,} tokens; a sample of data.seq_len={seq_len} "
-                f"needs {seq_len + 1:,}"
+                f"corpus {corpus.prefix!r} holds {corpus.n_tokens:,} tokens; a sample needs {seq_len + 1:,} "
+                "(data.seq_len, or the text that the objective makes one of, and one more)"
             )
         self._used = math.floor(self._all * Fraction(str(fraction)))  # the decimal that was written, not its float
         if self._used == 0:
             raise MegamupError(
-                f"corpus {corpus.prefix!r}: fraction={fraction} of its {self._all:,} samples of data.seq_len={seq_len} "
-                f"is less than one; expected at least {math.ceil(1e6 / self._all) / 1e6:g}"
+                f"corpus {corpus.prefix!r}: fraction={fraction} of its {self._all:,} samples of {seq_len} tokens is "
+                f"less than one; expected at least {math.ceil(1e6 / self._all) / 1e6:g}"
             )
         check_vocabulary(corpus, vocab_size)
         self._content = corpus.content_hash

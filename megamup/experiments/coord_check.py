@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -89,6 +90,9 @@ def at_width(config: Config, width: int, grow: Grow = "heads", fixed_kv: bool = 
         if not fixed_kv:
             changed["n_kv_heads"] = proportional("n_kv_heads", model.n_kv_heads, width, model.d_model)
     values["model"] |= changed
+    if model.moe is not None and model.moe.d_expert is not None:
+        inner = proportional("moe.d_expert", model.moe.d_expert, width, model.d_model)
+        values["model"]["moe"]["d_expert"] = inner
     if config.mup.parametrization != "umup":
         keys = ["d_model", "d_ff", "n_heads", "n_kv_heads", "d_head"]  # no base given: the config's own model is it
         if config.mup.base.d_model is not None:
@@ -101,9 +105,22 @@ def at_depth(config: Config, n_layers: int) -> Config:
     """The config with another number of layers; without a base depth, the config's own is the base."""
     values = config.model_dump(mode="json")
     values["model"]["n_layers"] = n_layers
+    if config.model.n_decoder_layers is not None:
+        values["model"]["n_decoder_layers"] = proportional_depth(config.model.n_decoder_layers, n_layers, config)
     if config.mup.parametrization != "umup":
         fill_base(values, config, ["n_layers"])
     return checked(values, f"depth {n_layers}")
+
+
+def proportional_depth(decoder: int, n_layers: int, config: Config) -> int:
+    """Blocks of a decoder that keeps its share."""
+    whole, rest = divmod(decoder * n_layers, config.model.n_layers)
+    if rest or whole == 0:
+        raise MegamupError(
+            f"--depths {n_layers}: model.n_decoder_layers={decoder} of n_layers={config.model.n_layers} would become "
+            f"{decoder * n_layers / config.model.n_layers:g}; use depths that keep it whole"
+        )
+    return whole
 
 
 def fill_base(values: dict[str, Any], config: Config, keys: Sequence[str]) -> None:
@@ -209,15 +226,15 @@ def fit(rms: dict[int, Rms], judged: Callable[[str], tuple[bool, Judgement]]) ->
 
 def shrinks_at_init(config: Config, grow: Grow, fixed_kv: bool) -> tuple[str, ...]:
     """Endings of the modules whose output at initialization falls with width by design."""
-    zero, found = config.mup.zero_init, ["readout"]  # the readout sums n random terms, divided by n
+    zero, found = config.mup.zero_init, ["readout", "moe.router"]  # they sum n random terms, divided by n
     if zero.query:
-        found += ["attention.query"]
+        found += [".query"]
     if zero.query or grow == "d_head":  # q·k over d_head, of vectors not correlated yet
-        found += ["attention.logits"]
+        found += [".logits"]
     if fixed_kv:  # see mup.py: keys and values of fixed size are a kind of readout
-        found += ["attention.key", "attention.value", "attention.logits", "attention.core", "attention.output"]
+        found += [".key", ".value", ".logits", ".core", ".output"]
     if zero.residual_out:
-        found += ["attention.output", "mlp.down"]
+        found += [".output", ".down", ".moe"]
     return tuple(found)
 
 
@@ -260,28 +277,38 @@ def check_depth(
     """
     variants = sizes_of(depths, "--depths", lambda depth: at_depth(config, depth))
     measured = measure(variants, steps, seeds, ranks(config))
-    rms = {depth: ends(found, depth) for depth, found in measured.items()}
+    rms = {depth: ends(found) for depth, found in measured.items()}
     inner = config.mup.depth == "completep"
     shrinking = shrinks_at_init(config, "heads", fixed_kv=False)
 
     def judged(name: str) -> tuple[bool, Judgement]:
-        stream = name.count(".") < 2
+        stream = name.removeprefix("encoder.").removeprefix("decoder.").count(".") < 2
         return (inner or stream) and not name.endswith(shrinking), "flat" if stream else "not lazy" if inner else "no"
 
     return Check(config, "depth", tuple(variants), tolerance, seeds, rms, fit(rms, judged))
 
 
-def ends(found: Rms, depth: int) -> Rms:
-    """The blocks half way and last, under names that every depth has."""
-    renamed = {}
+def ends(found: Rms) -> Rms:
+    """The blocks half way and last of each stack, under names that every depth has."""
+    renamed: Rms = {}
+    depths: dict[str, int] = {}
+    for stack, layer, _ in filter(None, map(in_stack, found)):
+        depths[stack] = max(depths.get(stack, 0), layer + 1)
     for name, values in found.items():
-        parts = name.split(".")
-        if parts[0] != "blocks":
+        if (place := in_stack(name)) is None:
             renamed[name] = values
-        for block, end in (((depth + 1) // 2 - 1, "half"), (depth - 1, "last")):
-            if parts[:2] == ["blocks", str(block)]:
-                renamed[".".join(["blocks", end, *parts[2:]])] = values
+            continue
+        stack, layer, inside = place
+        for block, end in (((depths[stack] + 1) // 2 - 1, "half"), (depths[stack] - 1, "last")):
+            if layer == block:
+                renamed[f"{stack}blocks.{end}{inside}"] = values
     return renamed
+
+
+def in_stack(name: str) -> tuple[str, int, str] | None:
+    """``decoder.blocks.3.mlp.up`` -> (``decoder.``, 3, ``.mlp.up``); None of what is in no block."""
+    found = re.fullmatch(r"((?:\w+\.)?)blocks\.(\d+)(.*)", name)
+    return (found[1], int(found[2]), found[3]) if found else None
 
 
 def sizes_of(sizes: Sequence[int], flag: str, variant: Callable[[int], Config]) -> dict[int, Config]:

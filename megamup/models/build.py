@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from megamup.config import Config, micro_batches
@@ -15,6 +17,7 @@ from megamup.mup import table
 from megamup.parallel.layers import Context
 from megamup.parallel.loss import CrossEntropy
 from megamup.parallel.mesh import SINGLE, Mesh
+from megamup.parallel.stored import StoredWeights
 from megamup.parameters import parameters
 
 ARCHITECTURES = {
@@ -30,7 +33,9 @@ def context(config: Config, mesh: Mesh, device: str = "cpu") -> Context:
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     kernels = choose(config, device)
     _, accumulated = micro_batches(config, mesh.data.size * config.parallel.replica_ranks)
-    return Context(parameters(config.model), table(config), config.run.seed, mesh, dtype, kernels, accumulated)
+    inventory, init = parameters(config.model), config.train.init
+    source = None if init is None else StoredWeights.open(Path(init), inventory)
+    return Context(inventory, table(config), config.run.seed, mesh, dtype, kernels, accumulated, source)
 
 
 def model_layers(built_from: Context, config: Config, loss: CrossEntropy) -> list[LayerSpec]:

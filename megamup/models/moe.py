@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from megamup.model import Model, Moe
 from megamup.parallel.auxiliary import inject, load_balance, loss_weight, router_z
 from megamup.parallel.collectives import copy_to_axis, enter, leave
-from megamup.parallel.experts import combine, product, routes, spread
+from megamup.parallel.experts import Routes, combine, product, routes, spread, trip
 from megamup.parallel.layers import Context, scaled
 from megamup.scales import BlockScales
 
@@ -108,11 +108,21 @@ class Experts(nn.Module):
         whole = enter(x, self.mesh.tensor, self.mesh.sequence)  # (batch, seq / context, d_model)
         weights, chosen = self.route(whole)
         tokens, at = whole.flatten(0, 1), routes(chosen.flatten(0, 1), self.moe.experts)
-        compute = partial(product, ends=at.ends)
-        mixed = combine(self.experts(spread(tokens, at), compute, compute), weights.flatten(0, 1), at)
+        mixed = combine(self.visit(spread(tokens, at), at), weights.flatten(0, 1), at)
         if self.shared is not None:
             mixed = mixed + self.shared(tokens, to_all, from_all)
         return leave(mixed.view_as(whole), self.mesh.tensor, self.mesh.sequence)
+
+    def visit(self, rows: Tensor, at: Routes) -> Tensor:
+        """What experts make of their rows, here or on the ranks that hold them: (choices, d_model), the same out."""
+        if self.mesh.expert.size == 1:
+            return self.compute(rows, at)
+        journey = trip(at.counts, self.mesh.expert)
+        return journey.back(self.compute(journey.go(rows), journey.at))
+
+    def compute(self, rows: Tensor, at: Routes) -> Tensor:
+        each = partial(product, ends=at.ends)
+        return self.experts(rows, each, each)  # type: ignore[no-any-return]
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Weights and experts of every token, (batch, seq, top_k) each; the losses come in where weights go out."""

@@ -13,8 +13,8 @@ from megamup.parallel.layers import Context, on_stretch, scaled
 class PairHead(nn.Module):
     """Tanh of the first token's hidden state, classified: adds its loss to what is optimized, and changes nothing.
 
-    (batch, seq, d_model), or a stretch of it, and labels (batch, 1) of 0 and 1 -> the first. Where the sequence is cut,
-    the rank with its beginning computes the loss.
+    (batch, seq, d_model), or a stretch of it, and labels (batch, 1) of 0 and 1, or -1 for none -> the first. Where the
+    sequence is cut, the rank with its beginning computes the loss.
     """
 
     name = "pair"
@@ -29,7 +29,8 @@ class PairHead(nn.Module):
         self.loss_weight = context.mesh.context.size / context.micro_batches
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-        loss = F.cross_entropy(self.logits(x), labels[:, 0])
+        known = labels[:, 0] >= 0  # past the end of held-out text there is no label
+        loss = (F.cross_entropy(self.logits(x), labels[:, 0].clamp(min=0), reduction="none") * known).mean()
         return inject(x, loss * float(self.mesh.stretch == 0), self.loss_weight)
 
     def logits(self, x: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
-"""Tokens to their experts and back, and products of each expert's tokens with its own weight.
+"""Tokens to their experts and back, also on other ranks, and products of each expert's tokens with its own weight.
 
 Tokens are sorted by expert, so that an expert's are neighbours, and no expert has a capacity: none is dropped, as what
 would be depends on which tokens share a micro batch (Gale et al. 2022, MegaBlocks). All shapes are fixed, since every
-token has as many experts; how many tokens an expert has is known on the device alone.
+token has as many experts; how many tokens an expert has is known on the device alone. Only where ranks share out the
+experts, they have to know how many rows they send each other (Lepikhin et al. 2021, GShard, without its capacities).
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+
+from megamup.parallel.mesh import Axis
 
 GROUPED = (9, 0)
 """CUDA capability whose ``torch._grouped_mm`` is used. Before Hopper it is the same loop as ours; on Blackwell (torch
@@ -28,9 +31,14 @@ class Routes:
     """(tokens · top_k,): which choice stands at a place."""
     place: Tensor
     """(tokens · top_k,): at which place a choice stands."""
-    ends: Tensor
-    """(experts,) int32: where an expert's choices end."""
+    counts: Tensor
+    """(experts,) int64: an expert's choices."""
     top_k: int
+
+    @property
+    def ends(self) -> Tensor:
+        """(experts,) int32: where an expert's choices end."""
+        return self.counts.cumsum(0).to(torch.int32)
 
 
 def routes(chosen: Tensor, experts: int) -> Routes:
@@ -46,7 +54,7 @@ def routes(chosen: Tensor, experts: int) -> Routes:
     counts = counts.scatter_add(0, choices, torch.ones_like(choices))
     # By scattering places, which is cheaper than a second sort.
     place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    return Routes(order, place, counts.cumsum(0).to(torch.int32), chosen.shape[-1])
+    return Routes(order, place, counts, chosen.shape[-1])
 
 
 class _Spread(torch.autograd.Function):
@@ -94,8 +102,73 @@ def combine(y: Tensor, weights: Tensor, at: Routes) -> Tensor:
     Returns:
         (tokens, d), of y's type.
     """
-    by_token = cast(Tensor, _Unsort.apply(y, at.order, at.place)).unflatten(0, (-1, at.top_k))  # type: ignore[no-untyped-call]
+    by_token = unsorted(y, at).unflatten(0, (-1, at.top_k))
     return (by_token * weights[..., None]).sum(1).to(y.dtype)
+
+
+def unsorted(y: Tensor, at: Routes) -> Tensor:
+    """Rows in the order of the choices: (tokens · top_k, d), the same shape out."""
+    return cast(Tensor, _Unsort.apply(y, at.order, at.place))  # type: ignore[no-untyped-call]
+
+
+# ------------------------------------------------------------------- between ranks
+
+
+def all_to_all(x: Tensor, sent: list[int], received: list[int], axis: Axis) -> Tensor:
+    """So many rows to each rank of the axis, so many from each; outside autograd."""
+    started = torch.ops._c10d_functional.all_to_all_single(x.contiguous(), received, sent, axis.name)
+    return cast(Tensor, torch.ops._c10d_functional.wait_tensor(started))
+
+
+class _Travel(torch.autograd.Function):
+    """Forward: rows to the ranks of their experts. Backward: their gradients back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sent: list[int], received: list[int], axis: Axis) -> Tensor:
+        ctx.sent, ctx.received, ctx.axis = sent, received, axis
+        return all_to_all(x, sent, received, axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return all_to_all(grads[0], ctx.received, ctx.sent, ctx.axis), None, None, None
+
+
+@dataclass(frozen=True)
+class Trip:
+    """Rows on their way to the ranks that hold their experts, and back."""
+
+    axis: Axis
+    sent: list[int]
+    """Rows to each rank."""
+    received: list[int]
+    at: Routes
+    """How the rows that came here are sorted by this rank's experts; they come by rank."""
+
+    def go(self, rows: Tensor) -> Tensor:
+        """(choices, d), sorted by expert -> (choices of this rank's experts, d), sorted by expert."""
+        return spread(self.travel(rows, self.sent, self.received), self.at)
+
+    def back(self, y: Tensor) -> Tensor:
+        """Undoes `go`."""
+        return self.travel(unsorted(y, self.at), self.received, self.sent)
+
+    def travel(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        return cast(Tensor, _Travel.apply(rows, sent, received, self.axis))  # type: ignore[no-untyped-call]
+
+
+def trip(counts: Tensor, axis: Axis) -> Trip:
+    """Tell the ranks how many rows come to their experts. Waits for the device.
+
+    Args:
+        counts: (experts,), rows of this rank by expert; a rank of the axis holds the same number of experts.
+        axis: ranks that share out the experts.
+    """
+    even = [len(counts) // axis.size] * axis.size
+    coming = all_to_all(counts, even, even, axis).view(axis.size, -1)  # (ranks, experts / ranks)
+    sent, received = torch.stack((counts.view(axis.size, -1).sum(1), coming.sum(1))).tolist()
+    experts = torch.arange(even[0], device=counts.device).repeat(axis.size)
+    arriving = experts.repeat_interleave(coming.flatten(), output_size=sum(received))
+    return Trip(axis, sent, received, routes(arriving[:, None], even[0]))
 
 
 # ------------------------------------------------------------------- products
@@ -105,7 +178,7 @@ def grouped(rows: Tensor, weight: Tensor) -> bool:
     """Whether one kernel computes all experts' products."""
     aligned = all(side % GROUPED_MULTIPLE == 0 for side in weight.shape[1:]) and weight.data_ptr() % 16 == 0
     on_gpu = rows.is_cuda and rows.dtype == torch.bfloat16 and len(rows) > 0
-    return on_gpu and aligned and torch.cuda.get_device_capability(rows.device) == GROUPED
+    return bool(on_gpu and aligned and torch.cuda.get_device_capability(rows.device) == GROUPED)
 
 
 def product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:

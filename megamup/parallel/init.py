@@ -9,17 +9,25 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megamup.parallel.mesh import Axis
+from megamup.parallel.mesh import ALONE, Axis
 from megamup.parameters import Parameter
 from megamup.scales import Scales
 
 SLICES = 64
 """Slices of a tensor along its partition dim; more would cost time, fewer would be drawn in vain at the edges."""
+
+
+class Source(Protocol):
+    """Where initial weights come from that aren't drawn."""
+
+    def shard(self, parameter: Parameter, axis: Axis) -> Tensor:
+        """As `initial_shard`."""
 
 
 def generator(seed: int, name: str, slice_index: int) -> np.random.Generator:
@@ -35,12 +43,26 @@ def shard_bounds(parameter: Parameter, axis: Axis) -> tuple[int, int]:
     return axis.rank * size // axis.size, (axis.rank + 1) * size // axis.size
 
 
-def initial_shard(parameter: Parameter, scales: Scales, seed: int, axis: Axis) -> Tensor:
-    """This rank's shard of a parameter's initial value, fp32; logical shape but for the partition dim."""
+def own_experts(parameter: Parameter, experts: Axis) -> slice:
+    """Of a parameter's first dim what this rank of the axis holds: all but where it is experts'."""
+    if not parameter.of_experts:
+        return slice(0, parameter.shape[0])
+    each = parameter.shape[0] // experts.size
+    return slice(experts.rank * each, (experts.rank + 1) * each)
+
+
+def initial_shard(
+    parameter: Parameter, scales: Scales, seed: int, axis: Axis, experts: Axis = ALONE
+) -> Tensor:
+    """This rank's shard of a parameter's initial value, fp32; logical shape but for the partition dim, and for the
+    first where that is experts'."""
     dim = parameter.partition_dim or 0
     start, stop = shard_bounds(parameter, axis)
     shape = [*parameter.shape]
     shape[dim] = stop - start
+    own = own_experts(parameter, experts)
+    if parameter.of_experts:
+        shape[0] = own.stop - own.start
     if scales.init_std == 0.0:
         return torch.full(shape, scales.init_mean)
     total = parameter.shape[dim]
@@ -52,6 +74,7 @@ def initial_shard(parameter: Parameter, scales: Scales, seed: int, axis: Axis) -
         draw = generator(seed, parameter.name, index)
         rest = parameter.shape[:dim] + parameter.shape[dim + 1 :]
         slab = draw.standard_normal((high - low, *rest), dtype=np.float32)  # (rows of the slice, rest)
-        pieces.append(slab[max(start - low, 0) : stop - low])
+        rows = slab[max(start - low, 0) : stop - low]
+        pieces.append(rows[:, own].copy() if parameter.of_experts else rows)
     values = np.moveaxis(np.concatenate(pieces), 0, dim) * np.float32(scales.init_std)
     return torch.from_numpy(np.ascontiguousarray(values))

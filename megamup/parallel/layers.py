@@ -17,11 +17,14 @@ from torch import Tensor, nn
 
 from megamup.kernels.choice import Kernels
 from megamup.parallel.collectives import copy_to_axis, enter, leave
-from megamup.parallel.init import initial_shard, shard_bounds
+from megamup.parallel.init import Source, initial_shard, own_experts, shard_bounds
 from megamup.parallel.mesh import Axis, Mesh
 from megamup.parallel.products import column_products, row_product
 from megamup.parameters import Parameter
 from megamup.scales import Scales
+
+EXPERTS = "experts"
+"""By which DeepSpeed knows the ranks that hold the same experts."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +40,19 @@ class Context:
     kernels: Kernels
     micro_batches: int = 1
     """Of a training step on each rank; what layers add to the gradients themselves is one of so many parts."""
+    source: Source | None = None
+    """Of the initial weights; None: they are drawn."""
 
     def parameter(self, name: str) -> nn.Parameter:
         """Build this rank's shard of the parameter called ``name``, with the inventory's entry on it."""
-        spec = self.inventory[name]
-        shard = nn.Parameter(initial_shard(spec, self.table[name], self.seed, self.mesh.tensor))
-        tag(shard, spec, self.mesh.tensor)
+        spec, axis = self.inventory[name], self.mesh.tensor
+        if self.source is None:
+            shard = nn.Parameter(initial_shard(spec, self.table[name], self.seed, axis, self.mesh.expert))
+        else:
+            shard = nn.Parameter(self.source.shard(spec, axis)[own_experts(spec, self.mesh.expert)].clone())
+        tag(shard, spec, axis)
+        if spec.of_experts and self.mesh.expert.size > 1:  # in DeepSpeed's words: not alike on all replicas
+            shard.allreduce, shard.group_name = False, EXPERTS  # type: ignore[attr-defined]
         return shard
 
     def optional(self, name: str) -> nn.Parameter | None:
@@ -56,6 +66,11 @@ def tag(shard: nn.Parameter, spec: Parameter, axis: Axis) -> None:
     # group spans the stages, so a replicated parameter counts on tensor rank 0 *of its stage*.
     counted = spec.partition_dim is not None or axis.rank == 0
     shard.tensor_model_parallel = shard.model_parallel = counted  # type: ignore[attr-defined]
+
+
+def shared_out(shard: nn.Parameter) -> bool:
+    """Whether replicas differ in it: experts, where ranks share them out."""
+    return not getattr(shard, "allreduce", True)
 
 
 def counted(shard: nn.Parameter) -> bool:

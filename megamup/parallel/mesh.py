@@ -7,6 +7,7 @@ of a stretch of the same sequences, are averaged with the others'. Only batches 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -31,6 +32,9 @@ class Axis:
         return "" if self.group is None else self.group.group_name
 
 
+ALONE = Axis(0, 1, None)
+
+
 @dataclass(frozen=True)
 class Mesh:
     pipeline: Axis
@@ -43,6 +47,10 @@ class Mesh:
     """The ranks with the same weights: data x context. Gradients are averaged and ZeRO partitions over them."""
     model: Axis
     """The ranks that hold one replica: pipeline x tensor."""
+    expert: Axis = ALONE
+    """Replicas that share out the experts: the only weights in which they differ."""
+    holders: Axis = ALONE
+    """Replicas with the same experts."""
     sequence: bool = False
     """Outside the tensor-parallel regions each tensor rank holds its stretch of the sequence only."""
 
@@ -57,7 +65,6 @@ class Mesh:
         return self.context.rank * self.tensor.size + self.tensor.rank if self.sequence else self.context.rank
 
 
-ALONE = Axis(0, 1, None)
 SINGLE = Mesh(ALONE, ALONE, ALONE, ALONE, ALONE, ALONE)
 """One rank, no process group: for building a model on its own."""
 
@@ -68,7 +75,7 @@ def build_mesh(parallel: Parallel) -> Mesh:
     Raises:
         MegamupError: the world is no multiple of a replica's ranks.
     """
-    world, rank = dist.get_world_size(), dist.get_rank()
+    world = dist.get_world_size()
     sizes = {
         "pipeline": parallel.pipeline,
         "data": parallel.data(world),
@@ -80,23 +87,41 @@ def build_mesh(parallel: Parallel) -> Mesh:
     def along(*varying: str) -> Axis:
         """The axis (or product of axes) on which the ``varying`` coordinates run."""
         fixed = [AXES.index(axis) for axis in AXES if axis not in varying]
-        mine: Axis = ALONE
-        for key in itertools.product(*(range(sizes[AXES[dim]]) for dim in fixed)):
-            ranks = [r for r, at in enumerate(coordinates) if tuple(at[dim] for dim in fixed) == key]
-            group = dist.new_group(ranks) if len(ranks) > 1 else None  # every rank creates every group
-            if rank in ranks:
-                mine = Axis(ranks.index(rank), len(ranks), group)
-        return mine
+        return together([tuple(at[dim] for dim in fixed) for at in coordinates])
 
+    replicas = along("data", "context")
+    expert, holders = ALONE, replicas
+    if parallel.expert > 1:
+        # Neighbours share out the experts, as they say the most to each other.
+        places = [(at[0], at[3], *divmod(at[1] * parallel.context + at[2], parallel.expert)) for at in coordinates]
+        expert = together([(stage, tensor, holder) for stage, tensor, holder, _ in places])
+        holders = together([(stage, tensor, number) for stage, tensor, _, number in places])
     return Mesh(
         pipeline=along("pipeline"),
         data=along("data"),
         context=along("context"),
         tensor=along("tensor"),
-        replicas=along("data", "context"),
+        replicas=replicas,
         model=along("pipeline", "tensor"),
+        expert=expert,
+        holders=holders,
         sequence=parallel.sequence,
     )
+
+
+def together(keys: Sequence[tuple[int, ...]]) -> Axis:
+    """This rank's axis, where the ranks of an axis are those with the same key. Collective.
+
+    Args:
+        keys: of each rank of the world.
+    """
+    rank, mine = dist.get_rank(), ALONE
+    for key in dict.fromkeys(keys):
+        ranks = [r for r, other in enumerate(keys) if other == key]
+        group = dist.new_group(ranks) if len(ranks) > 1 else None  # every rank creates every group
+        if rank in ranks:
+            mine = Axis(ranks.index(rank), len(ranks), group)
+    return mine
 
 
 class Mpu:

@@ -12,7 +12,7 @@ from megamup.plan.setting import Setting
 from megamup.plan.tape import Footprint, Op, Recompute, Tape
 
 BUCKET_BYTES = 44
-"""Of a pair of positions, while it is told into which bucket its distance falls (`megamup.models.embeddings.bucket`)."""
+"""Of a pair of positions, while the bucket of its distance is found (`megamup.models.embeddings.bucket`)."""
 
 
 @lru_cache(maxsize=4096)
@@ -193,18 +193,18 @@ class BlockTape:
                 backward_scratch=at.sequences * at.pairs * self.each + (2 * sizes[0] if repeated else 0),
                 dear=True,
             )  # fmt: skip
-        scores = 4 * at.sequences * at.pairs  # in fp32, as are query, key and value, all of them copied
-        return self.add(
-            query, key, value, added,
-            to=to,
-            size=sizes[0],
-            hidden=scores + 3 * sizes[0] * 4 // self.each,
-            scratch=scores * 9 // 4,
-            backward_scratch=2 * scores,
-        )  # fmt: skip
+        return self.composed(query, key, value, to, sizes[0], added)
+
+    def composed(self, query: str, key: str, value: str, to: str, size: int, added: str) -> str:
+        """torch's plain attention: copies in fp32 for batched products, and a softmax that looks for rows of nothing."""
+        scores, copied = 4 * self.at.sequences * self.at.pairs, size * 4 // self.each
+        q, k, v = (self.add(part, to=f"{part} copied", size=copied) for part in (query, key, value))
+        logits = self.add(q, k, to="scores", size=scores, saves=(q, k), dear=True)
+        shares = self.add(logits, added, to="shares", size=scores, saves=("shares",), scratch=scores * 5 // 4)
+        return self.add(shares, v, to=to, size=size, saves=(shares, v), dear=True)
 
     def plain(self, query: str, key: str, value: str, to: str, sizes: list[int]) -> str:
-        """Scores, masked scores and softmax in fp32, of which the softmax stays, as do keys and values for every head."""
+        """Scores, masked scores and softmax in fp32, of which the softmax stays, as do every head's keys and values."""
         at, model = self.at, self.model
         heads, keys = model.n_heads // at.tensor, at.memory_len if "cross" in to else at.seq_len
         scores = 4 * at.tokens * heads * keys

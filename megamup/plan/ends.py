@@ -50,13 +50,12 @@ def embedding(at: Setting, summed: bool) -> End:
 
 
 @lru_cache(maxsize=4096)
-def memory(at: Setting) -> End:
-    """The encoder's last norm, whose output stays for the decoder's blocks, as its gradient does from their backward
-    passes on."""
+def memory_norm(at: Setting) -> End:
+    """The encoder's last norm, whose output stays for the decoder's blocks."""
     tape = Tape("x", at.stream)
     add_norm(tape, at, "x", "final_norm")
     norm = tape.footprint()
-    return End(norm.kept + at.stream, norm.forward, norm.backward + at.stream, 0)
+    return End(norm.kept + at.stream, norm.forward, norm.backward, 0)
 
 
 @lru_cache(maxsize=4096)
@@ -114,7 +113,8 @@ def logits_at_a_time(at: Setting, rows: int) -> int:
         piece = -(-at.tokens // -(-rows // at.model.d_model))
         return (1 << (piece - 1).bit_length()) * rows * at.bytes_each
     at_a_time = min(at.tokens, max(1, LOGITS_AT_A_TIME[at.device] // rows))
-    return at_a_time * rows * (4 + (2 if at.bytes_each < 4 else 0))
+    capped = 2 if at.model.logit_soft_cap is not None else 0  # its slope, and what that is made of
+    return at_a_time * rows * (4 * (1 + capped) + (2 if at.bytes_each < 4 else 0))
 
 
 def fused(at: Setting, before: Footprint, copied: int, gradient: int, summed: bool) -> End:

@@ -8,7 +8,8 @@ from typing import Any, Literal
 from megamup.config import Config, micro_batches
 from megamup.deepspeed_file import load_deepspeed
 from megamup.errors import MegamupError
-from megamup.plan.activations import Device, backends
+from megamup.plan.ends import LOGITS_AT_A_TIME
+from megamup.plan.setting import Device, backends
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,9 @@ class Layout:
     """Pieces of the model on each pipeline rank (Narayanan et al. 2021, section 2.2.2)."""
     dropout: bool = False
     """Of attention's weights and of both branches' outputs."""
+    logits_at_a_time: int = LOGITS_AT_A_TIME["cuda"]
+    """Of the loss backend ``fused``; every such piece adds to the weight's gradient. Liger's has as many rows as take
+    d_model each of them."""
     context_kind: Literal["exchange", "gather"] = "exchange"
     """``exchange``: all-to-all of stretches for heads (Jacobs et al. 2023); ``gather``: keys and values of the whole
     sequence on every rank (Llama team 2024, section 3.3.2)."""
@@ -110,6 +114,7 @@ def layout_of(config: Config, world_size: int, device: Device = "cuda") -> Layou
         gradient_bytes=2 if mixed and stage > 0 else 4,
         casts_weights=mixed and stage == 0,
         overlap_tensor=config.kernels.matmul == "torch",
+        logits_at_a_time=LOGITS_AT_A_TIME[device],
     )
 
 

@@ -11,15 +11,18 @@ blocks (which keep less), evaluation, and a monitored step's copies.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
 from typing import NamedTuple
 
 from megamup.config import Config, micro_batches
-from megamup.plan.activations import Device, Setting, block_footprint
-from megamup.plan.ends import End, embedding, head
-from megamup.plan.state import Held, first_layers, inventory
+from megamup.parameters import Stack, stacks
+from megamup.plan.activations import block_footprint
+from megamup.plan.ends import End, embedding, head, memory_norm
+from megamup.plan.setting import Device, Setting
+from megamup.plan.state import Held, Layer, inventory, stage_layers
 from megamup.plan.tape import Footprint, Recompute
 from megamup.plan.zero import StateBytes, settings, state
 
@@ -74,8 +77,21 @@ def memory(config: Config, world_size: int, device: Device = "cuda") -> Memory:
 
 def state_bytes(config: Config, world_size: int) -> dict[str, int]:
     """Bytes of weights, gradients and optimizer state on the rank that holds most of them, without activations."""
-    of_stage = max(stages(config, world_size, "cuda"), key=lambda stage: stage.held.total).state
+    parallel = config.parallel
+    most = max(inventory(config.model, parallel.tensor, parallel.pipeline), key=lambda held: held.total)
+    of_stage = state(config, most, parallel.data(world_size) * parallel.context, settings(config), on_cpu=False)
     return {"weights": of_stage.weights, "gradients": of_stage.gradients, "optimizer": of_stage.optimizer}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A layer's bytes."""
+
+    layer: Layer
+    new: Footprint | End
+    """With new gradients of weights."""
+    added: Footprint | End
+    """With gradients that are added to what is there."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +100,8 @@ class Stage:
 
     held: Held
     state: StateBytes
-    blocks: tuple[tuple[Footprint, Footprint], ...]
-    """Of every block: with new gradients of weights, and with gradients that are added to what is there."""
-    embedding: tuple[End, End] | None
-    heads: tuple[End, End] | None
+    pieces: tuple[Piece, ...]
+    """First to last."""
     output: int
     """Bytes that go to the next stage, and wait there for their gradient; 0: there is none."""
     exchanged: int
@@ -96,18 +110,27 @@ class Stage:
     """Micro batches whose activations it keeps at a time: of 1F1B, one for itself and each later stage."""
     micro_batches: int
     weight_bytes: int
-    tied: int
-    """Bytes of a weight whose gradient comes from both ends."""
+    token: int
+    """Bytes of the token embedding's gradient."""
+    tied: bool
+    """The readout's weight is that of an embedding on the same stage."""
+    memory: int
+    """Bytes of the encoder's output, and of its gradient, which blocks here read; 0: none does."""
 
     @property
     def head(self) -> End | None:
-        return self.heads[0] if self.heads else None
+        last = self.pieces[-1].new
+        return last if isinstance(last, End) and last.logits else None
 
     @property
     def kept(self) -> int:
         """Of one micro batch."""
-        ends = sum(end[0].kept for end in (self.embedding, self.heads) if end)
-        return sum(block.kept for block, _ in self.blocks) + ends
+        return sum(piece.new.kept for piece in self.pieces) + self.received
+
+    @property
+    def received(self) -> int:
+        """Of an encoder's output, where the encoder ends on an earlier stage."""
+        return 0 if any(piece.layer.kind == "memory" for piece in self.pieces) else self.memory
 
     @cached_property
     def peak(self) -> Moment:
@@ -140,41 +163,44 @@ class Stage:
 
     def forward(self, level: int) -> Iterator[Moment]:
         """A forward pass on top of ``level`` bytes."""
-        gathering = self.state.gathering
-        if self.embedding:
-            yield Moment(level + gathering + self.embedding[0].forward, "forward, embedding")
-            level += self.embedding[0].kept
-        for place, (block, _) in enumerate(self.blocks):
-            if self.tied and place == len(self.blocks) - 1:
+        level += self.received
+        for piece, following in zip_longest(self.pieces, self.pieces[1:]):
+            gathering = self.gathering_again if piece.layer.kind == "head" else self.state.gathering
+            if self.tied and following and following.layer.kind == "head":
                 gathering = 0  # nothing is left to receive: the readout's weight is the embedding's
-            yield Moment(level + gathering + block.forward, "forward, block", place)
-            level += block.kept
-        if self.heads:
-            yield Moment(level + self.gathering_again + self.heads[0].forward, "forward, head")
+            yield Moment(level + gathering + piece.new.forward, f"forward, {piece.layer.kind}", piece.layer.number)
+            level += piece.new.kept
 
     def backward(self, level: int, first: bool) -> Iterator[Moment]:
         """A backward pass from ``level`` bytes on, in which all that is kept for it is."""
         of_state = self.state
-        version = 0 if of_state.renewed or (first and of_state.loose) else 1
-        made, copied = 0, 0  # bytes of gradients so far, and of this rank's part of them
-        if self.heads:
-            level -= self.heads[0].kept
-            yield Moment(level + self.heads[version].backward, "backward, head")
-            level += self.heads[version].weights
-            made += self.heads[0].weights
-        for place in reversed(range(len(self.blocks))):
-            block = self.blocks[place][version]
-            level -= block.kept
+        sums = not (of_state.renewed or (first and of_state.loose))
+        made, memory = 0, 0  # bytes of gradients so far, and of that of the encoder's output
+        held, left = 0, sum(map(self.reads_token, self.pieces))  # of the token embedding's, until all its readers gave
+        for piece in reversed(self.pieces):
+            part, kind, number = piece.added if sums else piece.new, piece.layer.kind, piece.layer.number
+            if piece.layer.stack.cross and kind == "block" and not memory:
+                memory = self.memory
+                level += memory
+            if kind == "memory":
+                level -= memory
+            level -= part.kept
             begun = made > self.weight_bytes * of_state.reduced_from > 0
             copied = self.copied(first) if begun else 0
-            yield Moment(level + copied + block.backward, "backward, block", place)
-            if reduced := self.reduced(block, made):
-                yield Moment(level + reduced + self.reducing(first, begun), "reduction, block", place)
-            level += block.weights
-            made += self.blocks[place][0].weights
-        if self.embedding:
-            level -= self.embedding[0].kept
-            yield Moment(level + copied + self.embedding[version].backward + self.tied, "backward, embedding")
+            both = held if kind == "start" else 0  # two readers' gradients, before they are one
+            yield Moment(level + copied + both + part.backward, f"backward, {kind}", number)
+            if reduced := self.reduced(part, made):
+                yield Moment(level + reduced + self.reducing(first, begun), f"reduction, {kind}", number)
+            level += part.weights
+            made += piece.new.weights
+            if self.reads_token(piece):
+                left -= 1
+                made -= self.token if left else 0
+                level += (self.token if left and sums and not held else 0) - (held if part.weights else 0)
+                held = self.token
+
+    def reads_token(self, piece: Piece) -> bool:
+        return piece.layer.kind == "start" or (piece.layer.kind == "head" and self.tied)
 
     def copied(self, first: bool) -> int:
         """This rank's part of the gradients, once a reduction of this backward pass has brought some of it."""
@@ -190,41 +216,66 @@ class Stage:
         copy = self.copied(first) - summed
         return summed + (of_state.reduction + copy if begun else max(of_state.reduction, copy))
 
-    def reduced(self, block: Footprint, made: int) -> int:
-        """Most bytes of a block's backward pass at a product whose gradient fills a bucket; 0: there is none."""
+    def reduced(self, part: Footprint | End, made: int) -> int:
+        """Most bytes of a layer's backward pass at a product whose gradient fills a bucket; 0: there is none."""
         bucket = self.weight_bytes * self.state.reduced_from
-        return max((live for so_far, live in block.products if made + so_far > bucket > 0), default=0)
+        return max((live for so_far, live in part.products if made + so_far > bucket > 0), default=0)
 
 
 def stages(config: Config, world_size: int, device: Device) -> list[Stage]:
     deepspeed, parallel, model = settings(config), config.parallel, config.model
-    at = Setting.of(config, world_size, deepspeed.stage, device)
-    kinds = {kind: (block_footprint(at, kind, False), block_footprint(at, kind, True)) for kind in kinds_of(config)}
-    edges, count = first_layers(model.n_layers, parallel.pipeline), micro_batches(config, world_size)[1]
-    replicas, found = parallel.data(world_size) * parallel.context, []
+    at = {stack: Setting.of(config, stack, world_size, deepspeed.stage, device) for stack in stacks(model)}
+    token = model.vocab_size // parallel.tensor * model.d_model * next(iter(at.values())).weight_bytes
+    count, replicas = micro_batches(config, world_size)[1], parallel.data(world_size) * parallel.context
+    cut = stage_layers(model, parallel.pipeline)
+    sent = [0, *(crossing(of_stage[0], at) for of_stage in cut[1:]), 0]  # into each stage, and out of the last
+    found = []
     for index, held in enumerate(inventory(model, parallel.tensor, parallel.pipeline)):
-        first, last = index == 0, index == parallel.pipeline - 1
-        tied = model.vocab_size // parallel.tensor * model.d_model if model.tie_embeddings and first and last else 0
+        pieces = tuple(piece(layer, at[layer.stack], config) for layer in cut[index])
+        kinds = {layer.kind for layer in cut[index]}
+        reading = [at[layer.stack].memory for layer in cut[index] if layer.kind == "block"]
         found.append(
             Stage(
                 held=held,
                 state=state(config, held, replicas, deepspeed, on_cpu=device == "cpu"),
-                blocks=tuple(kinds[recompute_of(config, layer)] for layer in range(edges[index], edges[index + 1])),
-                embedding=(embedding(at, False), embedding(at, True)) if first else None,
-                heads=(head(at, False), head(at, True)) if last else None,
-                output=0 if last else at.stream,
-                exchanged=0 if first and last else at.stream * (1 if first else 5 if last else 4),
+                pieces=pieces,
+                output=sent[index + 1],
+                exchanged=exchanged(sent[index], sent[index + 1]),
                 in_flight=min(parallel.pipeline - index, count),
                 micro_batches=count,
-                weight_bytes=at.weight_bytes,
-                tied=tied * at.weight_bytes,
+                weight_bytes=next(iter(at.values())).weight_bytes,
+                token=token,
+                tied=model.tie_embeddings and {"start", "head"} <= kinds,
+                memory=max(reading),
             )
         )
     return found
 
 
-def kinds_of(config: Config) -> set[Recompute]:
-    return {recompute_of(config, layer) for layer in range(config.model.n_layers)}
+def crossing(layer: Layer, at: Mapping[Stack, Setting]) -> int:
+    """Bytes that come to a stage which begins with ``layer``: the stream, with it the other stack's input or output."""
+    here = at[layer.stack]
+    ids = sum(8 * setting.tokens for stack, setting in at.items() if stack.cross and stack != layer.stack)
+    return here.stream + here.memory + ids
+
+
+def exchanged(before: int, after: int) -> int:
+    """Of buffers for the output's gradient; for the input, its gradient and those of the micro batch before."""
+    if not before:
+        return after
+    return (5 if not after else 4) * before
+
+
+def piece(layer: Layer, at: Setting, config: Config) -> Piece:
+    match layer.kind:
+        case "start":
+            return Piece(layer, embedding(at, False), embedding(at, True))
+        case "memory":
+            return Piece(layer, memory_norm(at), memory_norm(at))
+        case "head":
+            return Piece(layer, head(at, False), head(at, True))
+    kind = recompute_of(config, layer.number)
+    return Piece(layer, block_footprint(at, kind, False), block_footprint(at, kind, True))
 
 
 def recompute_of(config: Config, layer: int) -> Recompute:

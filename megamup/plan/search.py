@@ -15,6 +15,7 @@ from megamup.errors import MegamupError
 from megamup.plan.layout import layout_of
 from megamup.plan.memory import memory
 from megamup.plan.rates import known
+from megamup.plan.scope import unplanned
 from megamup.plan.state import stage_parameters
 from megamup.plan.time import StepTime, step_time
 
@@ -73,8 +74,11 @@ def search(config: Config, cluster: Cluster, limit: int = 10) -> Found:
     that it names can't compute, is no candidate.
 
     Raises:
-        MegamupError: the cluster's memory or rates aren't known, or no layout is valid.
+        MegamupError: the cluster's memory or rates aren't known, no layout is valid, or what the config asks for has no
+            plan (`megamup.plan.scope`).
     """
+    if missing := unplanned(config):
+        raise MegamupError(f"--search: activations and step time aren't planned: {'; '.join(missing)}")
     capacity = HEADROOM * known(cluster, "memory")
     timed: list[Timed] = []
     held: dict[tuple[int, int], tuple[int, ...]] = {}
@@ -88,7 +92,7 @@ def search(config: Config, cluster: Cluster, limit: int = 10) -> Found:
         )
         for size, recompute in itertools.product(divisors(share), RECOMPUTE):
             changed = replace(layout, micro_sequences=size, micro_batches=share // size, recompute=recompute)
-            step = step_time(base.model, base.seq_len, changed, cluster, held[axes])
+            step = step_time(base.model, base.lengths, changed, cluster, held[axes])
             timed.append(Timed(step, base, overrides, size, recompute))
     if not timed:
         raise MegamupError(
@@ -129,12 +133,11 @@ def layouts(config: Config, cluster: Cluster) -> Iterator[tuple[Config, dict[str
     values = config.model_dump(mode="json")
     values["batch"]["micro_sequences"] = None
     world, per_node = cluster.devices, cluster.devices_per_node or cluster.devices
+    blocks = config.model.n_layers + (config.model.n_decoder_layers or 0)
     for tensor in divisors(min(world, per_node)):
         for pipeline in divisors(world // tensor) if world % tensor == 0 else []:
             for context in divisors(world // tensor // pipeline):
-                if pipeline > config.model.n_layers or config.batch.global_sequences % (
-                    world // tensor // pipeline // context
-                ):
+                if pipeline > blocks or config.batch.global_sequences % (world // tensor // pipeline // context):
                     continue
                 for sequence in (False, True) if tensor > 1 else (False,):
                     for stage in (0, 1) if pipeline > 1 else (0, 1, 2, 3):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Literal
 
 from megamup.config import Config
@@ -38,7 +39,8 @@ def blocks_of(stack: Stack) -> list[Layer]:
     return [Layer("block", stack, number) for number in range(stack.layers)]
 
 
-def stage_layers(model: Model, pipeline: int) -> list[tuple[Layer, ...]]:
+@lru_cache(maxsize=256)
+def stage_layers(model: Model, pipeline: int) -> tuple[tuple[Layer, ...], ...]:
     """The list cut into stages as DeepSpeed cuts it (``type:^(Wired)?Block$``): each begins with a block, the first
     with the list, and where blocks don't go evenly into stages the first ones have one more."""
     found = layers(model)
@@ -46,7 +48,7 @@ def stage_layers(model: Model, pipeline: int) -> list[tuple[Layer, ...]]:
     each, rest = divmod(len(places), pipeline)
     begins = [stage * each + min(stage, rest) for stage in range(pipeline)]
     edges = [0, *(places[block] for block in begins[1:]), len(found)]
-    return [tuple(found[start:stop]) for start, stop in zip(edges, edges[1:], strict=False)]
+    return tuple(tuple(found[start:stop]) for start, stop in pairwise(edges))
 
 
 @dataclass(frozen=True)

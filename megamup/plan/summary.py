@@ -11,10 +11,12 @@ from megamup.config import Config
 from megamup.flops import Convention, flops_per_token
 from megamup.model import Model
 from megamup.mup import block_scales, ratios, readout_multiplier, table
-from megamup.parameters import Parameter, count, parameters
+from megamup.parameters import Parameter, count, parameters, stacks
 from megamup.plan.layout import layout_of
 from megamup.plan.memory import memory, state_bytes
+from megamup.plan.scope import unplanned
 from megamup.plan.search import HEADROOM
+from megamup.plan.setting import Device
 from megamup.plan.state import stage_parameters
 from megamup.plan.time import StepTime, step_time
 
@@ -32,15 +34,21 @@ def base_model(config: Config) -> Model:
         "d_ff": base.d_ff or round(model.d_ff * d_model / model.d_model),
         "n_layers": base.n_layers or model.n_layers,
     }
+    if model.n_decoder_layers is not None:
+        changed["n_decoder_layers"] = max(1, round(model.n_decoder_layers * changed["n_layers"] / model.n_layers))
     return Model.model_validate(model.model_dump() | changed)
 
 
 def plan(config: Config, world_size: int, cluster: Cluster | None = None) -> dict[str, Any]:
-    """Everything that the config settles, as one JSON object; with a cluster also what a step takes there."""
+    """Everything that the config settles, as one JSON object; with a cluster also what a step takes there.
+
+    What isn't predicted is None, and ``unplanned`` says why.
+    """
     conventions: tuple[Convention, ...] = get_args(Convention)
-    per_token = {name: flops_per_token(config.model, config.seq_len, name) for name in conventions}
+    per_token = {name: flops_per_token(config.model, config.lengths, name) for name in conventions}
     tokens = config.tokens
-    at = ratios(config)
+    at, missing = ratios(config), unplanned(config)
+    device: Device = "cuda" if cluster is None else cluster.kind
     return {
         "parameters": count(config.model),
         "base_parameters": count(base_model(config)),
@@ -57,20 +65,27 @@ def plan(config: Config, world_size: int, cluster: Cluster | None = None) -> dic
         "flops": per_token[config.train.flops_convention] * tokens,
         "flops_convention": config.train.flops_convention,
         "state_bytes_per_rank": state_bytes(config, world_size),
-        "memory_bytes_per_rank": asdict(memory(config, world_size, "cuda" if cluster is None else cluster.kind)),
+        "memory_bytes_per_rank": None if missing else asdict(memory(config, world_size, device)),
+        "unplanned": missing,
         "ratios": {**at.width, "depth": at.depth, "batch": at.batch, "tokens": at.tokens},
         "attention_scale": block_scales(config, 0).attention_logits,
         "residual_branch": block_scales(config, 0).mlp.branch,
         "readout_multiplier": readout_multiplier(config),
         "table": {name: asdict(scales) for name, scales in table(config).items()},
-        **({} if cluster is None else run_json(config, predicted(config, world_size, cluster), cluster)),
+        **({} if cluster is None else timed(config, world_size, cluster, missing)),
     }
+
+
+def timed(config: Config, world_size: int, cluster: Cluster, missing: list[str]) -> dict[str, Any]:
+    if missing:
+        return {"step": None, "run": None, "device_memory_bytes": cluster.memory}
+    return run_json(config, predicted(config, world_size, cluster), cluster)
 
 
 def predicted(config: Config, world_size: int, cluster: Cluster) -> StepTime:
     """The config's step on ``world_size`` devices of the cluster."""
     layout = layout_of(config, world_size, cluster.kind)
-    return step_time(config.model, config.seq_len, layout, cluster, tuple(stage_parameters(config)))
+    return step_time(config.model, config.lengths, layout, cluster, tuple(stage_parameters(config)))
 
 
 def run_json(config: Config, step: StepTime, cluster: Cluster) -> dict[str, Any]:
@@ -88,13 +103,17 @@ def plan_lines(config: Config, world_size: int, cluster: Cluster | None = None) 
     """The plan as text; parameters of blocks that share a row of the table stand once."""
     found = plan(config, world_size, cluster)
     total, base = found["parameters"], found["base_parameters"]
-    yield f"parameters        {total['total']:,} ({total['non_embedding']:,} without embeddings and readout)"
+    active = f"; {total['active']:,} active" if "active" in total else ""
+    yield f"parameters        {total['total']:,} ({total['non_embedding']:,} without embeddings and readout{active})"
     yield f"base parameters   {base['total']:,} ({base['non_embedding']:,})"
     yield f"tokens            {found['tokens']:,} = {config.train.steps:,} steps x {found['batch_tokens']:,}"
     for name, flops in found["flops_per_token"].items():
         yield f"FLOPs {name:<24} {flops:.4g} a token, {flops * found['tokens']:.4g} in all"
-    yield from memory_lines(found["memory_bytes_per_rank"], cluster)
-    if cluster is not None:
+    for reason in found["unplanned"]:
+        yield f"not planned       activations and step time: {reason}"
+    if found["memory_bytes_per_rank"] is not None:
+        yield from memory_lines(found["memory_bytes_per_rank"], cluster)
+    if cluster is not None and found["step"] is not None:
         yield from step_lines(config, found, world_size, cluster)
     yield f"ratios to base    {', '.join(f'{name} {value:g}' for name, value in found['ratios'].items())}"
     yield f"attention scale   {found['attention_scale']:.6g}"
@@ -137,11 +156,31 @@ def table_lines(config: Config) -> Iterator[str]:
     header = f"{'parameter':<34}{'shape':>16}{'role':>14}{'init std':>11}{'x':>10}{'lr':>11}{'eps':>10}{'decay':>10}"
     yield header
     for name, parameter in inventory.items():
-        if name.startswith("blocks.") and not name.startswith("blocks.0."):
-            continue  # every block's row is block 0's
-        yield row(name.replace("blocks.0.", f"blocks.0-{config.model.n_layers - 1}."), parameter, config)
+        if (said := shown_name(name, config.model)) is not None:
+            yield row(said, parameter, config)
     first = next(iter(scales.values()))
     yield f"betas {first.betas[0]:g}, {first.betas[1]:g}"
+
+
+def shown_name(name: str, model: Model) -> str | None:
+    """Of all blocks of a stack that have such a parameter, which share a row; None where an earlier block has it."""
+    for stack in stacks(model):
+        before, marker, rest = name.partition("blocks.")
+        if marker and before == stack.prefix:
+            number, _, part = rest.partition(".")
+            with_it = [layer for layer in range(stack.layers) if has(model, layer, part)]
+            if int(number) != with_it[0]:
+                return None
+            step = "" if len(with_it) in (1, with_it[-1] - with_it[0] + 1) else f" of {len(with_it)}"
+            return f"{before}blocks.{with_it[0]}-{with_it[-1]}{step}.{part}"
+    return name
+
+
+def has(model: Model, layer: int, part: str) -> bool:
+    """Blocks have experts or an MLP."""
+    if part.startswith("moe."):
+        return model.has_experts(layer)
+    return not (part.startswith("mlp.") and model.has_experts(layer))
 
 
 def row(name: str, parameter: Parameter, config: Config) -> str:

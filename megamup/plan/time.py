@@ -6,17 +6,16 @@ step: pipeline stages and their bubble, gradient accumulation, the data axis's t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from megamup.cluster import Cluster
-from megamup.flops import flops_per_token
+from megamup.flops import Lengths, flops_per_token, pairs
 from megamup.model import Model
 from megamup.plan.layout import Layout
 from megamup.plan.rates import Rates, known, rates_of
-from megamup.plan.state import first_layers
+from megamup.plan.state import stage_layers
 from megamup.plan.work import Passes, Seconds, Work
 
 OPTIMIZER_BYTES = 32
@@ -65,11 +64,12 @@ class StepTime:
 
 
 def step_time(
-    model: Model, seq_len: int, layout: Layout, cluster: Cluster, stage_parameters: tuple[int, ...]
+    model: Model, seq_len: Lengths, layout: Layout, cluster: Cluster, stage_parameters: tuple[int, ...]
 ) -> StepTime:
     """Predict a step's time.
 
     Args:
+        seq_len: of an encoder-decoder that of either stack.
         stage_parameters: parameters that one tensor rank of each pipeline stage holds (state.py).
 
     Raises:
@@ -77,7 +77,8 @@ def step_time(
     """
     rates = rates_of(cluster, layout)
     step = Step(Work(model, seq_len, layout, rates), stage_parameters)
-    tokens = layout.data * layout.micro_batches * layout.micro_sequences * seq_len
+    sequences = layout.data * layout.micro_batches * layout.micro_sequences
+    tokens = sequences * (sum(seq_len) if isinstance(seq_len, tuple) else seq_len)
     peak = cluster.peak if layout.precision == "bf16" else known(cluster, "fp32_peak")
     terms = {name: value for name, value in step.terms().items() if value > 0}
     possible = sum(terms.values()) * layout.ranks * peak / 100
@@ -91,20 +92,58 @@ def step_time(
 
 
 @lru_cache(maxsize=64)
-def palm_flops(model: Model, seq_len: int) -> float:
+def palm_flops(model: Model, seq_len: Lengths) -> float:
     """Per token; kept, as a search over layouts asks for the same thousands of times."""
     return flops_per_token(model, seq_len, "palm")
 
 
-def computed_flops(model: Model, seq_len: int, layout: Layout) -> float:
+def computed_flops(model: Model, seq_len: Lengths, layout: Layout) -> float:
     """FLOPs per token that the devices do, those of a recomputed forward pass included."""
-    readout = 2.0 * model.vocab_size * model.d_model
-    scores = 4.0 * model.n_layers * model.n_heads * model.d_head * seq_len
+    within, across = seq_len if isinstance(seq_len, tuple) else (seq_len, 0)
+    tokens = within + across
+    readout = 2.0 * model.vocab_size * model.d_model * (across or within) / tokens
+    each = 4.0 * model.n_heads * model.d_head / tokens
+    scores = each * pairs(model, within, across)
     blocks = palm_flops(model, seq_len) / 3 - readout - scores
     again = layout.recomputed
     if layout.fused_attention:
-        return (3 + again) * blocks + (3.5 + again) * scores / 2 + 3 * readout
+        seen = scores - each * masked_pairs(model, within, across)
+        return (3 + again) * blocks + (3.5 + again) * seen + 3 * readout
     return (3 + again) * (blocks + scores) + 3 * readout
+
+
+def masked_pairs(model: Model, within: int, across: int) -> float:
+    """Pairs of query and key that fused attention leaves out: half of a causal stack's own, where no bias is added."""
+    if model.causal:
+        return model.n_layers * within**2 / 2
+    if model.n_decoder_layers is None or model.positions == "relative":
+        return 0.0
+    return model.n_decoder_layers * across**2 / 2
+
+
+class Contents(NamedTuple):
+    """What is on a pipeline stage."""
+
+    blocks: int
+    """Of the first stack."""
+    cross_blocks: int
+    """Of a decoder that attends to it."""
+    starts: tuple[bool, ...]
+    """Embeddings: of which, the decoder's?"""
+    memory: bool
+    """The encoder's last norm."""
+    head: bool
+
+
+@lru_cache(maxsize=256)
+def stage_contents(model: Model, pipeline: int) -> tuple[Contents, ...]:
+    found = []
+    for of_stage in stage_layers(model, pipeline):
+        crosses = [layer.stack.cross for layer in of_stage if layer.kind == "block"]
+        starts = tuple(layer.stack.cross for layer in of_stage if layer.kind == "start")
+        kinds = {layer.kind for layer in of_stage}
+        found.append(Contents(crosses.count(False), crosses.count(True), starts, "memory" in kinds, "head" in kinds))
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -112,6 +151,7 @@ class Step:
     """A step, stage by stage."""
 
     work: Work
+    """Of the first stack."""
     stage_parameters: tuple[int, ...]
 
     @property
@@ -123,15 +163,44 @@ class Step:
         return self.work.rates
 
     @cached_property
+    def decoder(self) -> Work:
+        """Of a second stack."""
+        return replace(self.work, cross=True)
+
+    @cached_property
+    def last(self) -> Work:
+        return self.work if self.work.model.n_decoder_layers is None else self.decoder
+
+    @cached_property
+    def contents(self) -> tuple[Contents, ...]:
+        return stage_contents(self.work.model, len(self.stage_parameters))
+
+    @cached_property
     def stages(self) -> list[Passes]:
         """One micro batch of each pipeline stage."""
-        block, held = self.work.block(), self.stage_parameters
-        blocks = [after - first for first, after in pairwise(first_layers(self.work.model.n_layers, len(held)))]
-        kinds = {kind: self.accumulation(kind[0]).plus(block, kind[1]) for kind in set(zip(held, blocks, strict=True))}
-        found = [kinds[kind] for kind in zip(held, blocks, strict=True)]
-        found[0] = found[0].plus(self.work.embedding())
-        found[-1] = found[-1].plus(self.work.readout())
-        return found
+        kinds = list(zip(self.stage_parameters, self.contents, strict=True))
+        found = {kind: self.stage(*kind) for kind in set(kinds)}
+        return [found[kind] for kind in kinds]
+
+    def stage(self, held: int, here: Contents) -> Passes:
+        found = self.accumulation(held)
+        if here.blocks:
+            found = found.plus(self.block, here.blocks)
+        if here.cross_blocks:
+            found = found.plus(self.cross_block, here.cross_blocks)
+        for cross in here.starts:
+            found = found.plus((self.decoder if cross else self.work).embedding())
+        if here.memory:
+            found = found.plus(self.work.norm())
+        return found.plus(self.last.readout()) if here.head else found
+
+    @cached_property
+    def block(self) -> Passes:
+        return self.work.block()
+
+    @cached_property
+    def cross_block(self) -> Passes:
+        return self.decoder.block()
 
     def accumulation(self, held: int) -> Passes:
         """Adding a micro batch's gradients to the sum in fp32; casting fp32 weights, and their gradients back."""
@@ -151,7 +220,12 @@ class Step:
         layout = self.layout
         if layout.pipeline == 1 or layout.overlap_pipeline:
             return 0.0
-        whole = self.work.tokens * self.work.model.d_model * layout.element
+        # Into a decoder's stage goes the encoder's output too.
+        tokens = max(
+            self.decoder.tokens + self.work.tokens if here.cross_blocks else self.work.tokens
+            for here in self.contents[1:]
+        )
+        whole = tokens * self.work.model.d_model * layout.element
         message = self.rates.send(whole / layout.tensor, layout.tensor * layout.context * layout.data)
         joining = 0.0 if layout.sequence else self.rates.gather(whole, layout.tensor, 1)
         return 2 * layout.virtual_stages * (message + joining)
@@ -214,4 +288,5 @@ class Step:
         """What is left of traffic behind a pass; the first or last block's has nothing to hide behind."""
         if not self.layout.overlap_data:
             return traffic
-        return max(traffic - computing, traffic / self.work.model.n_layers)
+        blocks = sum(here.blocks + here.cross_blocks for here in self.contents)
+        return max(traffic - computing, traffic / blocks)

@@ -279,7 +279,7 @@ def _flops(ladder: Ladder, config: Config) -> float:
     known: tuple[Convention, ...] = get_args(Convention)
     for name in known:
         if counted == name:
-            return flops_per_token(config.model, config.seq_len, name) * config.tokens
+            return flops_per_token(config.model, config.lengths, name) * config.tokens
     raise _uncounted("C", counted, f"flops={'|'.join((*known, '6N_total'))}")
 
 

@@ -74,10 +74,10 @@ class Family:
         return self.tokens_per_parameter * count(model)["non_embedding"]
 
     def flops_per_token(self, model: Model) -> float:
-        return flops_per_token(model, self.config.seq_len, self.config.train.flops_convention)
+        return flops_per_token(model, self.config.lengths, self.config.train.flops_convention)
 
     def steps(self, point: Point) -> int:
-        return int(point.tokens * (1 + 1e-12) / (point.sequences * self.config.seq_len))
+        return int(point.tokens * (1 + 1e-12) / (point.sequences * self.config.sequence_tokens))
 
     def flops(self, point: Point) -> float:
         """Of the whole run; less than a step more than its metrics will count."""

@@ -26,7 +26,7 @@ class Cost:
     @staticmethod
     def of(trial: Trial) -> Cost:
         config = trial.config
-        each = flops_per_token(config.model, config.seq_len, config.train.flops_convention)
+        each = flops_per_token(config.model, config.lengths, config.train.flops_convention)
         return Cost(trial, count(config.model)["non_embedding"], config.tokens, each * config.tokens)
 
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from megamup.config import Config
 from megamup.errors import MegamupError, OneRankError
 from megamup.files import write_json_atomic
+from megamup.train import experts
 from megamup.train.engine import Engine
 
 TAG = "state"
@@ -30,6 +31,7 @@ def layout(config: Config, world_size: int) -> dict[str, Any]:
         "world_size": world_size,
         "tensor": config.parallel.tensor,
         "pipeline": config.parallel.pipeline,
+        "expert": config.parallel.expert,
         "zero_stage": config.zero_stage,
         "precision": config.precision,
     }
@@ -84,6 +86,7 @@ def save(engine: Engine, folder: Path, step: int, config: Config) -> Path:
                 shutil.rmtree(leftover)
             beside.mkdir(parents=True)
         dist.barrier()
+        experts.save(engine.deepspeed, engine.mesh, beside)
         engine.deepspeed.save_checkpoint(str(beside), tag=TAG, client_state={"step": step}, save_latest=False)
         if first:
             publish(beside, final, step, layout(config, dist.get_world_size()))
@@ -137,6 +140,7 @@ def check(path: Path, config: Config, world_size: int) -> None:
                 "remove this checkpoint's folder to resume from an earlier one"
             )
     wanted = layout(config, world_size)
+    saved_layout.setdefault("expert", 1)  # not written before there were experts
     different = {key for key in wanted if saved_layout.get(key) != wanted[key]}
     if different:
         saved = ", ".join(f"{key}={saved_layout.get(key)}" for key in sorted(different))
@@ -147,4 +151,5 @@ def check(path: Path, config: Config, world_size: int) -> None:
 def load(engine: Engine, path: Path) -> int:
     """Restore a checked checkpoint and return its step. Collective."""
     _, state = engine.deepspeed.load_checkpoint(str(path), tag=TAG)
+    experts.load(engine.deepspeed, engine.mesh, path)
     return int(state["step"])

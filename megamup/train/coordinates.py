@@ -16,13 +16,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megamup.config import Config
+from megamup.data.mixture import open_run_data
 from megamup.models.attention import CoreAttention
 from megamup.parallel.loss import CrossEntropy
 from megamup.parallel.mesh import Mesh, build_mesh
 from megamup.train import distributed
+from megamup.train.batches import read, training_batches
 from megamup.train.compile import eager
 from megamup.train.engine import Engine, MicroBatch, build_engine, weigh
-from megamup.train.loop import open_data, read
 
 LOGITS = "readout"
 """Name of the model's output, which no module of a tied model puts out."""
@@ -156,7 +157,7 @@ def coordinates(config: Config) -> list[dict[str, Coordinate]]:
     world_size = distributed.world_size()
     device = distributed.join()
     mesh = build_mesh(config.parallel)
-    data, _ = open_data(config, mesh.data.rank, world_size)
+    data = training_batches(open_run_data(config), config, mesh.data.rank, world_size)
     engine = build_engine(config, mesh, world_size)
     batch, _ = weigh(read(data, 0), mesh, device)
     probe = Probe(engine, mesh, batch)

@@ -27,8 +27,10 @@ from megamup.models.blocks import Block
 from megamup.models.build import context, cross_entropy, model_layers
 from megamup.models.network import Carried, LayerSpec, Network, Wired, WiredBlock, Wires, inputs, wires
 from megamup.parallel.collectives import all_reduce
+from megamup.parallel.layers import shared_out
 from megamup.parallel.loss import CrossEntropy
 from megamup.parallel.mesh import Axis, Mesh, Mpu
+from megamup.train import experts
 from megamup.train.compile import compile_blocks
 from megamup.train.optim import TORCH, ClipByGlobalNorm, adamw, adamw_backend, parameter_groups, write_lr
 from megamup.train.overlap import OverlappedReduction
@@ -62,6 +64,7 @@ class Engine(Protocol):
     """The DeepSpeed engine underneath; checkpoints go through it."""
     backends: dict[str, str]
     """Operation -> what computes it, for environment.json."""
+    mesh: Mesh
 
     def train_batch(self, batch: Sequence[MicroBatch], lr: float) -> StepResult: ...
 
@@ -126,11 +129,10 @@ class DataParallelEngine:
         if config.zero_stage == 3:  # a block's weights are fetched and dropped together
             set_z3_leaf_modules(module, [Block])
         self.deepspeed, self.clip = initialize(config, mesh, module, world_size, mpu=Mpu(mesh))
-        self.reduction = None
+        self.reductions: list[OverlappedReduction] = []
         if config.zero_stage == 0:
             self.deepspeed.enable_backward_allreduce = False  # its own, after the backward pass
-            dtype = self.deepspeed.communication_data_type
-            self.reduction = OverlappedReduction(self.deepspeed.module.parameters(), mesh.replicas, dtype)
+            self.reductions = reductions(self.deepspeed, mesh)
 
     def loss(self, micro: MicroBatch) -> Tensor:
         return cast(Tensor, self.deepspeed(micro.inputs, (micro.targets, micro.weights)))
@@ -145,7 +147,9 @@ class DataParallelEngine:
         losses = []
         for number, micro in enumerate(batch, 1):
             loss = self.loss(micro)
-            with self.reduction.during(number == len(batch)) if self.reduction else contextlib.nullcontext():
+            with contextlib.ExitStack() as reducing:
+                for reduction in self.reductions:
+                    reducing.enter_context(reduction.during(number == len(batch)))
                 self.deepspeed.backward(loss)
             self.deepspeed.step()
             losses.append(loss.detach())
@@ -174,7 +178,10 @@ class PipelinedEngine:
                 partition_method="type:^(Wired)?Block$",  # as many blocks a stage as possible alike
             )
         self.deepspeed, self.clip = initialize(config, mesh, module, world_size, mpu=None)
-        self.inputs = inputs(specs)
+        if mesh.expert.size > 1:  # DeepSpeed's knows no experts but its own
+            own = reductions(self.deepspeed, mesh)
+            self.deepspeed.allreduce_gradients = lambda bucket_size: reduce_now(own)
+        self.mesh, self.inputs = mesh, inputs(specs)
 
     def train_batch(self, batch: Sequence[MicroBatch], lr: float) -> StepResult:
         write_lr(self.deepspeed.optimizer.param_groups, lr)
@@ -186,6 +193,23 @@ class PipelinedEngine:
         loss = self.deepspeed.eval_batch(data_iter=pipe_batches(batch, self.inputs), num_micro_batches=len(batch))
         self.deepspeed.reset_activation_shape()
         return float(loss)
+
+
+def reductions(engine: Any, mesh: Mesh) -> list[OverlappedReduction]:
+    """Means over the replicas: of experts too, whose gradients have come from all ranks that share them out."""
+    dtype, shards = engine.communication_data_type, list(engine.module.parameters())
+    everywhere = [shard for shard in shards if not shared_out(shard)]
+    found = [OverlappedReduction(everywhere, mesh.replicas, dtype)]
+    if mesh.expert.size > 1:
+        own = [shard for shard in shards if shared_out(shard)]
+        found.append(OverlappedReduction(own, mesh.holders, dtype, share=1 / mesh.replicas.size))
+    return found
+
+
+def reduce_now(found: Sequence[OverlappedReduction]) -> None:
+    for reduction in found:
+        with reduction.during(last=True):
+            pass
 
 
 def pipe_spec(spec: LayerSpec, at: Wires) -> PipeLayerSpec:
@@ -231,6 +255,7 @@ def initialize(
         clip = ClipByGlobalNorm(mesh, config.optim.grad_clip)
         optimizer.register_step_pre_hook(clip)
     keys = deepspeed_keys(config, world_size)
+    experts.announce(mesh)
     with quiet():
         engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=keys, mpu=mpu, dist_init_required=False

@@ -82,7 +82,7 @@ class Recorder:
         self.paused: dict[str, float] = {}
         self.compiled_s = self.compiling()
         self.step_flops = config.batch_tokens * flops_per_token(
-            config.model, config.seq_len, config.train.flops_convention
+            config.model, config.lengths, config.train.flops_convention
         )
         if not writes:
             return
@@ -112,7 +112,7 @@ class Recorder:
             "flops": step * self.step_flops,
             **values,
             "tokens_per_s": tokens_per_s,
-            "mfu_percent": mfu_percent(tokens_per_s, self.config.model, self.config.seq_len, self.peak),
+            "mfu_percent": mfu_percent(tokens_per_s, self.config.model, self.config.lengths, self.peak),
             "memory_peak_gib": memory_peak_gib(self.device),
             "time_unix_s": time.time(),
             **{f"{cause}_s": seconds for cause, seconds in self.paused.items()},

@@ -9,8 +9,10 @@ what a large run is to show; growing attention and output logits announce an ins
     attention_logit_max     largest |scale · q·k| that the causal mask leaves, over layers and heads
     output_logit_max        largest |logit|
     activation_rms_NAME     residual stream: embedding, blocks.0, ..., final_norm
+    moe_balance, moe_z      what routers add to the gradients, before its factors: means over their layers
+    moe_max_share           largest share of a micro batch's choices that fell on one expert, over layers and ranks
 
-The last three are of the training forward itself, of each data rank's first micro batch. Other steps pay nothing.
+All but the first are of the training forward itself, of each data rank's first micro batch. Other steps pay nothing.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ from torch.utils.hooks import RemovableHandle
 from megamup.config import Config
 from megamup.model import Model
 from megamup.models.attention import CoreAttention
-from megamup.parallel.layers import counted, spec_of
+from megamup.models.moe import Router
+from megamup.parallel.layers import counted, shared_out, spec_of
 from megamup.parallel.loss import CrossEntropy
 from megamup.parallel.mesh import Mesh
 from megamup.parameters import Role, parameters, stacks
@@ -38,6 +41,7 @@ from megamup.train.compile import eager
 from megamup.train.engine import Engine
 
 ATTENTION, OUTPUT = MAXIMA = ("attention_logit_max", "output_logit_max")
+BALANCE, Z, MAX_SHARE = "moe_balance", "moe_z", "moe_max_share"
 AT_A_TIME = 2**24
 """Elements of a temporary: 64 MiB in fp32, however long the sequence or large the shard."""
 
@@ -51,6 +55,11 @@ class Monitor:
         self.stream = stream(config.model)
         self.sums = [f"{what}_{role}" for role in self.roles for what in ("before", "change")]
         self.sums += self.stream.values()
+        self.maxima: tuple[str, ...] = MAXIMA
+        self.routers = sum(parameter.role == "router" for parameter in parameters(config.model).values())
+        if self.routers:
+            self.sums += (BALANCE, Z)
+            self.maxima = (*MAXIMA, MAX_SHARE)
         self.seen: dict[str, Tensor] = {}
 
     @contextlib.contextmanager
@@ -68,7 +77,7 @@ class Monitor:
     def values(self) -> dict[str, float]:
         """The step's figures, the same on every rank. Collective."""
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
-        mine = torch.stack([self.seen.get(name, zero).to(zero) for name in (*self.sums, *MAXIMA)])
+        mine = torch.stack([self.seen.get(name, zero).to(zero) for name in (*self.sums, *self.maxima)])
         everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(everyone, mine)
         ranks = torch.stack(everyone)  # (world, figures)
@@ -78,10 +87,11 @@ class Monitor:
             for role in self.roles
             if sums[f"before_{role}"] > 0
         }
-        maxima = dict(zip(MAXIMA, ranks[:, len(self.sums) :].amax(0).tolist(), strict=True))
+        maxima = dict(zip(self.maxima, ranks[:, len(self.sums) :].amax(0).tolist(), strict=True))
         shares = self.mesh.replicas.size * (self.mesh.tensor.size if self.mesh.sequence else 1)
         rms = {f"activation_rms_{name}": sqrt(sums[name] / shares) for name in self.stream.values()}
-        return ratios | maxima | rms
+        routed = {name: sums[name] / (self.routers * self.mesh.data.size) for name in (BALANCE, Z) if self.routers}
+        return ratios | maxima | rms | routed
 
     def add(self, name: str, value: Tensor) -> None:
         self.seen[name] = self.seen[name] + value if name in self.seen else value
@@ -95,6 +105,8 @@ class Monitor:
                 yield first_forward(module, self.see_attention)
             elif isinstance(module, CrossEntropy):
                 yield first_forward(module, self.see_logits)
+            elif isinstance(module, Router) and self.mesh.tensor.rank == 0:  # alike on all tensor ranks
+                yield first_forward(module, self.see_router)
             elif getattr(module, "name", None) in self.stream and own_stream:
                 yield first_forward(module, self.see_stream)
 
@@ -108,6 +120,15 @@ class Monitor:
 
     def see_logits(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         self.seen[OUTPUT] = torch.stack([logits.abs().amax() for logits in inputs[0].pieces(AT_A_TIME)]).amax()
+
+    def see_router(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        assert isinstance(module, Router)
+        _, chosen, probabilities = module.choose(output)
+        losses = module.losses(output, chosen, probabilities)
+        self.add(BALANCE, losses.balance)
+        self.add(Z, losses.z)
+        largest = chosen.flatten().bincount().amax() / chosen.numel()
+        self.seen[MAX_SHARE] = torch.maximum(self.seen.get(MAX_SHARE, largest), largest)
 
     # ------------------------------------------------------------------- update
 
@@ -208,7 +229,7 @@ def masters(engine: Engine, mesh: Mesh) -> Iterator[Master]:
     """The weights that this rank is to count: over all ranks, each logical element once.
 
     In bf16 a step may round away in the parameters, not in the fp32 vectors that ZeRO 1-3 step: of these, each data
-    rank has its own part. At ZeRO 0 data ranks are alike.
+    rank has its own part. At ZeRO 0 data ranks are alike, but for the experts that they share out.
     """
     groups = engine.deepspeed.basic_optimizer.param_groups
     for shard in engine.deepspeed.module.parameters():
@@ -224,5 +245,5 @@ def masters(engine: Engine, mesh: Mesh) -> Iterator[Master]:
             if (part := shard._hp_mapping) is not None:
                 at = part.hp_fragment_address
                 yield Master(role, groups[part.param_group_index]["params"][0], at.start, at.numel)
-        elif mesh.replicas.rank == 0:
+        elif (mesh.holders if shared_out(shard) else mesh.replicas).rank == 0:
             yield Master(role, shard, 0, shard.numel())

@@ -8,14 +8,14 @@ from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megamup.config import Config
 from megamup.deepspeed_file import load_deepspeed, offloads_optimizer
 from megamup.errors import MegamupError
 from megamup.mup import table
 from megamup.parallel.collectives import all_reduce
-from megamup.parallel.layers import counted, spec_of
+from megamup.parallel.layers import counted, shared_out, spec_of
 from megamup.parallel.mesh import Mesh
 from megamup.scales import Scales
 
@@ -143,7 +143,8 @@ def write_lr(groups: Iterable[dict[str, Any]], lr: float) -> None:
 class ClipByGlobalNorm:
     """Pre-step hook of a bare optimizer (ZeRO 0 in fp32, where DeepSpeed reports no norm): measure, then clip.
 
-    A replicated parameter counts on tensor rank 0 of its stage, a shard on each tensor rank, a tied weight once.
+    A replicated parameter counts on tensor rank 0 of its stage, a shard on each tensor rank, a tied weight once, and
+    an expert on one of the ranks that hold it.
     """
 
     def __init__(self, mesh: Mesh, max_norm: float) -> None:
@@ -152,8 +153,18 @@ class ClipByGlobalNorm:
 
     def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         shards = [shard for group in optimizer.param_groups for shard in group["params"] if shard.grad is not None]
-        mine = [shard.grad.float() for shard in shards if counted(shard)]
-        norms = torch.stack(torch._foreach_norm(mine)) if mine else torch.zeros(1, device=shards[0].device)
-        self.norm = float(all_reduce(norms.square().sum(), self.mesh.model).sqrt())
+        mine = [shard for shard in shards if counted(shard)]
+        device = shards[0].device
+        squares = squared_norm([shard for shard in mine if not shared_out(shard)], device)
+        if self.mesh.expert.size > 1:
+            own = [shard for shard in mine if shared_out(shard)]
+            squares += all_reduce(squared_norm(own, device), self.mesh.expert)
+        self.norm = float(all_reduce(squares, self.mesh.model).sqrt())
         if 0 < self.max_norm < self.norm + 1e-6:
             torch._foreach_mul_([shard.grad for shard in shards], self.max_norm / (self.norm + 1e-6))
+
+
+def squared_norm(shards: list[nn.Parameter], device: torch.device) -> Tensor:
+    """Sum of the squares of all gradients: one number, fp32."""
+    grads = [shard.grad.float() for shard in shards if shard.grad is not None]
+    return torch.stack(torch._foreach_norm(grads)).square().sum() if grads else torch.zeros((), device=device)

@@ -43,7 +43,12 @@ class OverlappedReduction:
     """``with reduction.during(last): ...backward...``: afterwards gradients are the replicas' means, if ``last``."""
 
     def __init__(
-        self, shards: Iterable[nn.Parameter], axis: Axis, dtype: torch.dtype = torch.float32, elements: int = BUCKET
+        self,
+        shards: Iterable[nn.Parameter],
+        axis: Axis,
+        dtype: torch.dtype = torch.float32,
+        elements: int = BUCKET,
+        share: float | None = None,
     ) -> None:
         """
         Args:
@@ -51,8 +56,10 @@ class OverlappedReduction:
             axis: the replicas.
             dtype: what is sent.
             elements: of a bucket, at most, where it holds several parameters.
+            share: what each rank's gradients count for; default 1/ranks, which gives their means.
         """
         self.axis, self.dtype = axis, dtype
+        self.share = 1 / axis.size if share is None else share
         self.buckets = buckets(reversed(list(shards)), elements)
         self.started: list[Started] = []
         self.next: int | None = None
@@ -64,8 +71,12 @@ class OverlappedReduction:
     @contextlib.contextmanager
     def during(self, last: bool) -> Iterator[None]:
         """Reduce during the backward pass inside, of the step's last micro batch: gradients are complete there."""
-        if not last or self.axis.group is None:
+        if not last:
             yield
+            return
+        if self.axis.group is None:
+            yield
+            self.scale_alone()
             return
         for bucket in self.buckets:
             bucket.missing = len(bucket.shards)
@@ -94,12 +105,18 @@ class OverlappedReduction:
             return
         alone = len(grads) == 1 and grads[0].dtype == self.dtype and grads[0].is_contiguous()
         flat = grads[0] if alone else _flatten_dense_tensors(grads).to(self.dtype)
-        flat.mul_(1 / self.axis.size)
+        flat.mul_(self.share)
         work = dist.all_reduce(flat, group=self.axis.group, async_op=True)
         assert work is not None
         self.started.append(Started(work, flat, [] if alone else grads))
         if len(self.started) > IN_FLIGHT:
             self.finish()
+
+    def scale_alone(self) -> None:
+        """On an axis of one rank there is nothing to send."""
+        grads = [shard.grad for bucket in self.buckets for shard in bucket.shards if shard.grad is not None]
+        if self.share != 1 and grads:
+            torch._foreach_mul_(grads, self.share)
 
     def finish(self) -> None:
         """Wait for the oldest (on a GPU: have the stream wait) and hand the means out."""

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from megamup.data import writer
-from megamup.data.corpus import Corpus
+from megamup.data.corpus import Corpus, text_counts
 from megamup.data.manifest import Manifest, TokenizerEntry
 from megamup.data.shards import token_dtype
 from megamup.data.writer import CorpusWriter, documents_that_fit, write_corpus
@@ -128,6 +128,29 @@ def test_a_broken_manifest(tmp_path: Path, change: Any, message: str) -> None:
     path.write_text(change(path.read_text()))
     with pytest.raises(MegamupError, match=rf"c\.json: not the manifest of a corpus: .*{message}"):
         Corpus(str(tmp_path / "c"))
+
+
+def test_a_manifest_from_before_words_were_counted(tmp_path: Path) -> None:
+    write_corpus(str(tmp_path / "c"), [[1]], 1001, 1000)
+    path = tmp_path / "c.json"
+    values = json.loads(path.read_text())
+    del values["text_words"]
+    path.write_text(json.dumps(values | {"text_bytes": 5}))
+    corpus = Corpus(str(tmp_path / "c"))
+    assert text_counts([corpus, corpus]) == (10, 0)
+
+
+def test_text_of_corpora_that_do_not_all_tell(tmp_path: Path) -> None:
+    with CorpusWriter(str(tmp_path / "told"), token_dtype(10)) as corpus:
+        corpus.add(np.array([1, 9]), [2])
+        corpus.finish(vocab_size=10, eod_id=9, tokenizer=TokenizerEntry.unknown(), text_bytes=7, text_words=2)
+    for name in ("untold", "theirs"):
+        write_corpus(str(tmp_path / name), [[1]], 10, 9)
+    (tmp_path / "theirs.json").unlink()
+    told, untold, theirs = (Corpus(str(tmp_path / name)) for name in ("told", "untold", "theirs"))
+    assert text_counts([told, told]) == (14, 4)
+    assert text_counts([told, untold]) == (0, 0)
+    assert text_counts([told, theirs]) == (0, 0)
 
 
 def test_no_corpus(tmp_path: Path) -> None:

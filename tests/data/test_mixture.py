@@ -3,8 +3,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
-from megamup.config import Config, config_from
+from megamup.config import Config, config_from, dump_config
 from megamup.data.collate import collate
 from megamup.data.corpus import Corpus
 from megamup.data.manifest import TokenizerEntry
@@ -145,6 +146,42 @@ def test_hashes_go_where_the_config_says(make_corpus: MakeCorpus, tmp_path: Path
 def test_config_that_makes_no_sense(data: dict[str, object], message: str) -> None:
     with pytest.raises(MegamupError, match=message):
         config_of(**data)
+
+
+def test_named_sets_are_read_apart(corpora: list[Corpus]) -> None:
+    one, two, three = (corpus.prefix for corpus in corpora)
+    config = config_of(train=one, valid={"books": three, "code": [two, one]})
+    assert config_from(yaml.safe_load(dump_config(config))) == config
+    data = open_run_data(config)
+    assert data.valid
+    assert [(each.name, len(each.stream)) for each in data.valid.sets] == [("books", 21), ("code", 51 + 101)]
+    assert data.summary(1)[1:] == [
+        "data.valid s3 (books): 201 tokens",
+        "data.valid s2 (code): 501 tokens",
+        "data.valid s1 (code): 1,001 tokens; warning: trained on, so that its loss says nothing of new text",
+    ]
+    listed = open_run_data(config_of(train=one, valid=[{"prefix": three}, {"prefix": two}])).valid
+    assert listed
+    assert [(each.name, len(each.stream)) for each in listed.sets] == [("valid", 21 + 51)]
+    with pytest.raises(MegamupError, match=r"data\.valid: .*hold the same tokens"):
+        open_run_data(config_of(train=one, valid={"books": two, "code": [three, two]}))
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        ({"c4-en": "a"}, r"data\.valid: 'c4-en': expected a name of letters, digits and _, as it becomes part of"),
+        ({2024: "a"}, r"data\.valid: 2024: expected a name of letters"),
+        ({"books": []}, r"data\.valid: books: \[\]: expected the prefix of a corpus, or a list of prefixes"),
+        ({"books": {"prefix": "a"}}, r"data\.valid: books: {'prefix': 'a'}: expected the prefix"),
+        ({"books": ["a", 3]}, r"data\.valid: books: \['a', 3\]: expected the prefix"),
+        ({}, r"data\.valid: {}: expected a set by its name"),
+    ],
+)
+def test_sets_that_make_no_sense(sets: dict[object, object], message: str) -> None:
+    with pytest.raises(MegamupError, match=message) as caught:
+        config_of(train="a", valid=sets)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,7 @@ def test_cudnn_is_not_asked_for_a_bias(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = F.scaled_dot_product_attention
 
     def noted(*args: Tensor, **options: object) -> Tensor:
-        asked.append(_cur_sdpa_kernel_backends())
+        asked.append(_cur_sdpa_kernel_backends())  # type: ignore[no-untyped-call]
         return plain(*args, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", noted)

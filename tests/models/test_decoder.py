@@ -146,7 +146,7 @@ def test_the_readout_multiplier_reaches_the_logits(model: dict[str, Any]) -> Non
     sigma = {"embedding": 0.5, "hidden": 0.2, "residual_out": 0.2, "readout": 0.2}
     _, scaled, _ = build(model, mup={"sigma": sigma, "alpha": {"readout": 4.0}})
     with torch.no_grad():
-        torch.testing.assert_close(scaled(token_ids()), 4 * plain(token_ids()))
+        torch.testing.assert_close(scaled({"tokens": token_ids()}), 4 * plain({"tokens": token_ids()}))
 
 
 @pytest.mark.parametrize("model", [LLAMA, GPT])
@@ -154,6 +154,6 @@ def test_bf16_is_fp32_to_its_precision(model: dict[str, Any]) -> None:
     _, fp32, _ = build(model)
     _, bf16, _ = build(model, precision="bf16")
     with torch.no_grad():
-        expected, found = fp32(token_ids()), bf16(token_ids())
+        expected, found = fp32({"tokens": token_ids()}), bf16({"tokens": token_ids()})
     assert found.dtype == torch.bfloat16
     assert (found.float() - expected).square().mean().sqrt() < 0.05 * expected.std()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import log
 from typing import Any
 
@@ -16,7 +17,7 @@ from megamup.models.build import context
 from megamup.models.moe import Experts
 from megamup.mup import block_scales, table
 from megamup.parallel.auxiliary import inject
-from megamup.parallel.collectives import SEQ, all_reduce
+from megamup.parallel.collectives import all_reduce
 from megamup.parallel.layers import spec_of
 from megamup.parallel.mesh import SINGLE, Mesh, build_mesh
 from megamup.train import distributed
@@ -25,7 +26,11 @@ from tests.parallel.test_layers import gather, joined, stretch
 
 Outcome = dict[str, Tensor]
 EXPERTS = 8
-ACTIVATIONS = {"swiglu": F.silu, "gelu": F.gelu, "relu2": lambda x: F.relu(x).square()}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "swiglu": F.silu,
+    "gelu": F.gelu,
+    "relu2": lambda x: F.relu(x).square(),
+}
 NAME = "blocks.0.moe"
 
 
@@ -153,7 +158,7 @@ def test_experts_are_transformers_mixtral() -> None:
 
 def gradients(config: Config, micro_batches: int) -> Outcome:
     """Output, input's and weights' gradients of a global batch, whole: the sum of ``y · direction``, weighted so that
-    averaging over the replicas leaves it what it is (as `megamup.train.engine.weigh` does), and the auxiliary losses."""
+    averaging over replicas leaves it what it is (as `megamup.train.engine.weigh` does), and the auxiliary losses."""
     distributed.join()
     mesh = build_mesh(config.parallel)
     module = build(config, mesh)
@@ -201,3 +206,112 @@ def test_layouts_give_the_gradients_of_one_rank(ranks: int, micro_batches: int, 
         assert rank.keys() == whole.keys()
         for name, value in whole.items():
             torch.testing.assert_close(rank[name], value, rtol=1e-4, atol=1e-4, msg=name)
+
+
+# ------------------------------------------------------------------- what the losses are for
+
+
+def train(module: Experts, x: Tensor, steps: int, lr: float) -> list[tuple[float, float]]:
+    """(balance, z) before each step on the auxiliary losses alone: the output is multiplied by zero."""
+    optimizer = torch.optim.Adam(module.parameters(), lr=lr)
+    found: list[tuple[float, float]] = []
+    for _ in range(steps):
+        with torch.no_grad():
+            logits = module.router(x)
+            losses = module.router.losses(logits, *module.router.choose(logits)[1:])
+            found.append((float(losses.balance), float(losses.z)))
+        optimizer.zero_grad()
+        (module(x) * 0.0).sum().backward()
+        optimizer.step()
+    return found
+
+
+def test_balance_and_logits_fall_when_trained() -> None:
+    """A router that sends all tokens to the same two of eight experts comes to use all: 4 is the worst, 1 is even."""
+    config = make({"balance": 1.0, "router_z": 0.01})
+    module, x = build(config), hidden(config)
+    with torch.no_grad():
+        module.router.weight[:2] += 2 * x.mean((0, 1))
+        x += 5 * x.mean((0, 1)).sign()
+    found = train(module, x, 200, 0.02)
+    assert found[0][0] > 3.0
+    assert found[-1][0] < 1.2
+    assert found[-1][1] < 0.5 * found[0][1]
+
+
+def test_even_routing_has_a_balance_of_one_and_z_of_log_experts() -> None:
+    config = make({})
+    module, x = build(config), hidden(config)
+    with torch.no_grad():
+        module.router.weight.zero_()
+        logits = module.router(x)
+        losses = module.router.losses(logits, *module.router.choose(logits)[1:])
+    assert float(losses.balance) == pytest.approx(1.0)
+    assert float(losses.z) == pytest.approx(log(EXPERTS) ** 2)
+
+
+def test_injected_loss_has_its_own_gradient() -> None:
+    x, loss = torch.ones(3, requires_grad=True), torch.ones((), requires_grad=True)
+    y = inject(x, loss, 0.25)
+    (10 * y).sum().backward()
+    assert torch.equal(y.detach(), x.detach())
+    assert torch.equal(x.grad, torch.full((3,), 10.0))  # type: ignore[arg-type]
+    assert float(loss.grad) == 0.25  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("part", ["router", "output"])
+def test_updates_are_flat_in_width(part: str) -> None:
+    """Adam's first steps move router logits and experts' outputs as far at width 1024 as at 64; under sp they grow."""
+    slopes = {name: slope(part, name) for name in ("mup", "sp")}
+    assert abs(slopes["mup"]) < 0.15
+    assert slopes["sp"] > 0.4
+
+
+def slope(part: str, parametrization: str) -> float:
+    """Of log RMS change on log width, after 3 steps at the table's rates towards a fixed output."""
+    changes = []
+    for width in (64, 256, 1024):
+        sizes = {"d_model": width, "d_ff": width // 2, "n_heads": width // 16}
+        base = {"parametrization": parametrization}
+        if parametrization == "mup":
+            base |= {"base": {"d_model": 64, "n_heads": 4}}  # type: ignore[dict-item]
+        config = make({"d_expert": width // 2, "shared": 1}, sizes, mup=base)
+        module, scales = build(config), table(config)
+        groups = [{"params": [p], "lr": 0.01 * scales[spec_of(p).name].lr_scale} for p in module.parameters()]
+        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+        x = F.layer_norm(hidden(config, 1), (width,))
+        seen: list[Tensor] = []
+        watched: nn.Module = module.router if part == "router" else module
+        watched.register_forward_hook(lambda _, inputs, output, seen=seen: seen.append(output.detach()))
+        for _ in range(4):
+            optimizer.zero_grad()
+            (module(x) - x).square().mean().backward()
+            optimizer.step()
+        changes.append(float((seen[-1] - seen[0]).square().mean().sqrt()))
+    return log(changes[-1] / changes[0]) / log(1024 / 64)
+
+
+@pytest.mark.parametrize("setting", ["compile", "selective", "full"])
+def test_compiled_and_recomputed_experts_are_the_same(setting: str) -> None:
+    """As one graph (``fullgraph``): no shape depends on where tokens go."""
+    from megamup.models.recompute import recompute
+
+    config = make({"shared": 1})
+    found = []
+    for again in (False, True):
+        module, x = build(config), hidden(config).requires_grad_()
+        if not again:
+            y = module(x)
+        elif setting == "compile":
+            y = torch.compile(module, fullgraph=True, dynamic=False, backend="aot_eager")(x)
+        else:
+            y = recompute(setting, 0)(module, x)  # type: ignore[arg-type]
+        y.square().sum().backward()
+        found.append([y.detach(), x.grad, *(shard.grad for shard in module.parameters())])
+    for plain, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_one_expert_with_a_normalized_weight_is_refused() -> None:
+    with pytest.raises(MegamupError, match="normalize"):
+        make({"top_k": 1})

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megamup.config import Config
-from megamup.kernels.attention import CAUSAL
-from megamup.models.attention import Attention
+from megamup.kernels.attention import CAUSAL, Scores
+from megamup.models.attention import Attention, Sight
 from megamup.models.build import context
 from megamup.mup import block_scales
 from megamup.parallel.collectives import SEQ, copy_to_axis, enter, exchange, leave
@@ -178,13 +178,13 @@ def deepspeeds_attention(attention: Attention, x: Tensor, axis: Axis) -> Tensor:
 
     def local(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         query, key, value = (y.transpose(1, 2) for y in (query, key, value))  # (batch, heads / ranks, seq, d_head)
-        if attention.theta is not None:
-            query, key = attention.kernels.rotate(query, key, attention.theta)
-        return attention.kernels.attention(query, key, value, attention.core.scale, CAUSAL).transpose(1, 2)
+        if attention.rotation is not None:
+            query, key = attention.kernels.rotate(query, key, attention.rotation)
+        return attention.kernels.attention(query, key, value, Scores(attention.core.scale), CAUSAL).transpose(1, 2)
 
     layers = (attention.query, attention.key, attention.value)
     query, key, value = (
-        F.linear(x, layer.weight.to(x.dtype)).unflatten(-1, (-1, attention.d_head)) for layer in layers
+        F.linear(x, layer.weight.to(x.dtype)).unflatten(-1, (-1, attention.model.d_head)) for layer in layers
     )
     mixed = DistributedAttention(local, axis.group, scatter_idx=2, gather_idx=1)(query, key, value, 0)
     return F.linear(mixed.flatten(2), attention.output.weight.to(x.dtype))
@@ -194,7 +194,8 @@ def both_attentions(config: Config) -> list[list[list[Tensor]]]:
     """Output, gradient of the input and of every weight, of ours and of DeepSpeed's."""
     distributed.join()
     mesh = build_mesh(config.parallel)
-    attention = Attention(context(config, mesh), config.model, "blocks.0.attention", block_scales(config, 0))
+    sight = Sight(causal=True)
+    attention = Attention(context(config, mesh), config.model, "blocks.0.attention", block_scales(config, 0), sight)
 
     def results(function: Callable[[Tensor], Tensor], batch: int) -> list[Tensor]:
         stretch = config.seq_len // mesh.context.size

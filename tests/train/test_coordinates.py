@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megamup.config import Config
+from megamup.data.mixture import open_run_data
 from megamup.kernels.attention import reference
 from megamup.kernels.rotary import rotate
 from megamup.models.attention import CoreAttention
@@ -20,10 +21,10 @@ from megamup.parallel.mesh import build_mesh
 from megamup.parameters import parameters
 from megamup.scales import BlockScales
 from megamup.train import distributed
+from megamup.train.batches import read, training_batches
 from megamup.train.coordinates import Coordinate, Probe, Share, attention_logits, coordinates, in_order, total
 from megamup.train.engine import MicroBatch, build_engine, weigh
 from megamup.train.fork import run_ranks
-from megamup.train.loop import open_data, read
 
 MakeConfig = Callable[..., Config]
 Pairs = list[dict[str, tuple[float, float]]]
@@ -127,7 +128,7 @@ def one_step_by_hand(config: Config) -> tuple[Pairs, Pairs]:
 def make_probe(config: Config) -> Probe:
     world_size, device = distributed.world_size(), distributed.join()
     mesh = build_mesh(config.parallel)
-    data, _ = open_data(config, mesh.data.rank, world_size)
+    data = training_batches(open_run_data(config), config, mesh.data.rank, world_size)
     batch, _ = weigh(read(data, 0), mesh, device)
     return Probe(build_engine(config, mesh, world_size), mesh, batch)
 

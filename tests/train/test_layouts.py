@@ -12,8 +12,9 @@ import torch
 from megamup.config import Config
 from megamup.parallel.layers import spec_of
 from megamup.parameters import parameters
+from megamup.train.evaluate import evaluate, together
 from megamup.train.fork import run_ranks
-from megamup.train.loop import Training, evaluate, start, train_step
+from megamup.train.loop import Training, start, train_step
 
 Curve = list[tuple[float, float]]
 Shards = dict[str, list[tuple[int, npt.NDArray[Any]]]]
@@ -35,8 +36,13 @@ LAYOUTS = [
     (1, 2, 2, 1),
     (2, 2, 1, 1),
 ]
-ARCHS = ["llama", "gpt"]
-CLIP = {"llama": "optim.grad_clip=0.24", "gpt": "optim.grad_clip=0.5"}  # acts on some steps, not on all
+MODELS = {
+    "llama": ("model.arch=llama", "optim.grad_clip=0.24"),  # clipping acts on some steps, not on all
+    "gpt": ("model.arch=gpt", "optim.grad_clip=0.5"),
+    "bert": ("model.arch=bert", "model.vocab_size=264", "optim.grad_clip=1.0"),
+    "t5": ("model.arch=t5", "model.vocab_size=272", "objective.sentinels=8", "optim.grad_clip=0.5"),
+    "experts": ("model.arch=llama", "model.moe={experts: 4, shared: 1, d_expert: 96}", "optim.grad_clip=0.24"),
+}
 
 
 def run(config: Config, world_size: int) -> tuple[Curve, float, Shards]:
@@ -117,31 +123,41 @@ def reference(make_config: Any, known: References, *model: str) -> Reference:
     return known[model]
 
 
-@pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize(("tensor", "pipeline", "data", "zero"), LAYOUTS)
-def test_layout_trains_the_model_of_one_rank(
-    make_config: Any, references: References, arch: str, tensor: int, pipeline: int, data: int, zero: int
+def test_layout_trains_the_models_of_one_rank(
+    make_config: Any, references: References, tensor: int, pipeline: int, data: int, zero: int
 ) -> None:
-    model = (f"model.arch={arch}", CLIP[arch])
-    layout = (f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}", f"deepspeed=ds_configs/zero{zero}.json")
-    known = reference(make_config, references, *model)
-    assert_trains_the_same(make_config(*model, *layout), tensor * pipeline * data, known)
+    layout = [f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}", f"deepspeed=ds_configs/zero{zero}.json"]
+    assert_trains_the_same(make_config, references, list(MODELS), tensor * pipeline * data, layout)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize(("world_size", "overrides"), VARIANTS)
-def test_variant_trains_the_model_of_one_rank(
-    make_config: Any, references: References, arch: str, world_size: int, overrides: list[str]
+def test_variant_trains_the_models_of_one_rank(
+    make_config: Any, references: References, world_size: int, overrides: list[str]
 ) -> None:
-    model = (f"model.arch={arch}", CLIP[arch], *(key for key in overrides if key.startswith("model.")))
-    known = reference(make_config, references, *model)
-    assert_trains_the_same(make_config(*model, *overrides), world_size, known)
+    assert_trains_the_same(make_config, references, list(MODELS), world_size, overrides)
 
 
-def assert_trains_the_same(config: Config, world_size: int, known: Reference) -> None:
+def run_all(configs: dict[str, Config], world_size: int) -> dict[str, tuple[Curve, float, Shards]]:
+    """Several models, one after another on the same ranks."""
+    return {name: run(config, world_size) for name, config in configs.items()}
+
+
+def assert_trains_the_same(
+    make_config: Any, references: References, models: list[str], world_size: int, overrides: list[str]
+) -> None:
+    """Each model on this layout against one rank."""
+    own = [key for key in overrides if key.startswith("model.")]
+    known = {name: reference(make_config, references, *MODELS[name], *own) for name in models}
+    configs = {name: make_config(*MODELS[name], *overrides, f"run.name={name}") for name in models}
+    ranks = run_ranks(run_all, world_size, configs, world_size)
+    for name in models:
+        assert_same(configs[name], [rank[name] for rank in ranks], known[name])
+
+
+def assert_same(config: Config, ranks: list[tuple[Curve, float, Shards]], known: Reference) -> None:
     """Losses, norms, evaluation and initial weights of one rank; clipping acted on some steps."""
     expected, expected_valid, expected_weights = known
-    ranks = run_ranks(run, world_size, config, world_size)
     curve, valid_loss, _ = ranks[0]
     assert all(rank[0] == curve for rank in ranks), "ranks disagree on the global loss or norm"
     assert expected[-1][0] < 0.9 * expected[0][0], "nothing was learnt: the comparison would be of initial weights"
@@ -165,10 +181,10 @@ def test_bf16_follows_fp32_in_every_engine(
     make_config: Any, references: References, tensor: int, pipeline: int, data: int, zero: int
 ) -> None:
     """Compute in bf16, accumulation and masters in fp32: losses stay within bf16's rounding of the fp32 run's."""
-    expected, _, _ = reference(make_config, references, "model.arch=llama", CLIP["llama"])
+    expected, _, _ = reference(make_config, references, "model.arch=llama", MODELS["llama"][1])
     config = make_config(
         "precision=bf16",
-        CLIP["llama"],
+        MODELS["llama"][1],
         f"parallel.tensor={tensor}",
         f"parallel.pipeline={pipeline}",
         f"deepspeed=ds_configs/zero{zero}.json",
@@ -182,17 +198,18 @@ def test_bf16_follows_fp32_in_every_engine(
 def run_bf16(config: Config, world_size: int) -> tuple[Curve, float, set[str]]:
     training = start(config, world_size, None)
     records = [train_step(training, step) for step in range(config.train.steps)]
+    losses = evaluate(training.held_out, training.engine, config, training.mesh, training.device)
     moments = [state["exp_avg"].dtype for state in training.engine.deepspeed.basic_optimizer.state.values()]
     assert set(moments) == {torch.float32}, "AdamW makes its moments of the masters' type"
     dtypes = {str(shard.dtype) for shard in training.engine.deepspeed.module.parameters() if hasattr(shard, "spec")}
-    return [(record["loss"], record["grad_norm"]) for record in records], evaluate(training), dtypes
+    return [(record["loss"], record["grad_norm"]) for record in records], together(losses).loss, dtypes
 
 
 def test_micro_batches_do_not_change_the_model(make_config: Any, references: References) -> None:
-    expected, _, _ = reference(make_config, references, "model.arch=llama", CLIP["llama"])
+    expected, _, _ = reference(make_config, references, "model.arch=llama", MODELS["llama"][1])
     for micro in (1, 8):
         curve, _, _ = run_ranks(
-            run, 1, make_config(CLIP["llama"], f"batch.micro_sequences={micro}", f"run.name=micro{micro}"), 1
+            run, 1, make_config(MODELS["llama"][1], f"batch.micro_sequences={micro}", f"run.name=micro{micro}"), 1
         )[0]
         np.testing.assert_allclose([loss for loss, _ in curve], [loss for loss, _ in expected], rtol=1e-5)
 

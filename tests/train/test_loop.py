@@ -20,6 +20,7 @@ from megamup.config import Config, dump_config, load_config
 from megamup.data.consumed import documents_of_step
 from megamup.data.corpus import Corpus
 from megamup.data.loader import TensorBatch
+from megamup.data.objectives import NOT_COUNTED, Causal
 from megamup.data.writer import write_corpus
 from megamup.errors import MegamupError, OneRankError
 from megamup.flops import flops_per_token
@@ -153,10 +154,12 @@ def batch_of_step(config: Any, step: int) -> list[list[int]]:
 def test_weights_are_shares_of_the_global_batchs_targets(padded: bool) -> None:
     """One number where all targets count; else the mask times it, so that padding has no say."""
     window = torch.arange(22).reshape(2, 11)
-    mask = torch.arange(10) < torch.tensor([[10], [3]])
+    mask, columns = torch.arange(10) < torch.tensor([[10], [3]]), Causal(10).columns
+    cut = window.clone()
+    cut[:, 1:][~mask] = NOT_COUNTED
     batches = [
-        TensorBatch(window, 20, None),
-        TensorBatch(window, 13, mask) if padded else TensorBatch(window, 20, None),
+        TensorBatch(window, columns, 20),
+        TensorBatch(cut, columns, 13) if padded else TensorBatch(window, columns, 20),
     ]
     micro, targets = weigh(batches, SINGLE, torch.device("cpu"))
     assert int(targets) == (33 if padded else 40)
@@ -167,6 +170,7 @@ def test_weights_are_shares_of_the_global_batchs_targets(padded: bool) -> None:
     assert all(batch.weights.dtype == torch.float32 for batch in micro)
     assert torch.equal(micro[0].inputs["tokens"], window[:, :-1])
     assert torch.equal(micro[0].targets, window[:, 1:])
+    assert min(int(batch.inputs["tokens"].min()) for batch in micro) == 0, "what no target counts after is an id"
 
 
 def test_wandb_offline_and_tensorboard_are_copies(make_config: Any, monkeypatch: Any, tmp_path: Path) -> None:

@@ -21,10 +21,11 @@ from megamup.parallel.layers import spec_of
 from megamup.parameters import parameters
 from megamup.scales import BlockScales
 from megamup.train import monitor
+from megamup.train.batches import read
 from megamup.train.coordinates import attention_logits
 from megamup.train.engine import weigh
 from megamup.train.fork import run_ranks
-from megamup.train.loop import Training, read, start, train, train_step
+from megamup.train.loop import Training, start, train, train_step
 
 PREFIXES = ("update_ratio_", "attention_logit_max", "output_logit_max", "activation_rms_")
 ROLES = {

@@ -76,12 +76,12 @@ def factors(config: Config, own: OwnScales) -> dict[str, float]:
 
 def foldable(at: BlockScales) -> BlockScales:
     """Raises MegamupError where a block has factors that belong to no weight."""
-    branches = {name: Branch(branch=getattr(at, name).branch) for name in ("attention", "cross", "mlp")}
-    if at != BlockScales(at.attention_logits, **branches):
+    attention, cross, mlp = (Branch(branch=each.branch) for each in (at.attention, at.cross, at.mlp))
+    if at != BlockScales(at.attention_logits, attention=attention, cross=cross, mlp=mlp):
         raise MegamupError(
-            f"mup.parametrization=umup: its factor on the residual stream ({at.attention.skip:.4g} in this block) can't "
-            "be folded: over the layers it makes the stream another size before each norm, whose eps would have to "
-            "be another in each layer, and Hugging Face's classes have one"
+            f"mup.parametrization=umup: its factor on the residual stream ({at.attention.skip:.4g} in this block) "
+            "can't be folded: over the layers it makes the stream another size before each norm, whose eps would have "
+            "to be another in each layer, and Hugging Face's classes have one"
         )
     return at
 
@@ -139,7 +139,7 @@ def fold(
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of one of their tensors that are, or belong to, one of ours."""
+    """Rows of one of their tensors that are one of ours, or an expert of it."""
 
     theirs: str
     transposed: bool
@@ -148,7 +148,7 @@ class Part:
 
 
 def parts(entries: Iterable[Entry], inventory: Inventory) -> dict[str, list[Part]]:
-    """What each of our parameters is made of, experts in order."""
+    """What each of our parameters is made of: experts in order, or else the first part (others are copies)."""
     found: dict[str, list[Part]] = {}
     for entry in entries:
         start = 0
@@ -159,7 +159,7 @@ def parts(entries: Iterable[Entry], inventory: Inventory) -> dict[str, list[Part
     return found
 
 
-def unfold(name: str, made_of: list[Part], factor: float, theirs: Mapping[str, Tensor]) -> Tensor:
+def unfold(made_of: list[Part], factor: float, theirs: Mapping[str, Tensor]) -> Tensor:
     """One of our parameters, with the rows that theirs has; of the stored type where the factor is 1, else fp32."""
 
     def read(part: Part) -> Tensor:

@@ -36,7 +36,7 @@ def shape(entry: Entry, inventory: Inventory) -> tuple[int, ...]:
 
 
 def linears(inventory: Inventory, names: Mapping[str, tuple[str, ...]], transposed: bool = False) -> list[Entry]:
-    """Weights, and biases where ours are there, of linear layers or norms; of linear layers weights may be transposed."""
+    """Weights, and biases where ours are there, of linear layers (whose weights may be transposed) or norms."""
     found = []
     for theirs, ours in names.items():
         for kind in BOTH:
@@ -148,9 +148,9 @@ def bert(model: Model, inventory: Inventory) -> list[Entry]:
         "cls.seq_relationship": ("pair",),
     }
     found += linears(inventory, heads)
-    found.append(Entry("cls.predictions.bias", ("readout.bias",)))
-    untied = [] if model.tie_embeddings else [Entry("cls.predictions.decoder.weight", ("readout.weight",))]
-    return found + untied
+    if not model.tie_embeddings:  # then its bias isn't tied either, and the class adds this one
+        found += [Entry(f"cls.predictions.decoder.{kind}", (f"readout.{kind}",)) for kind in BOTH]
+    return [*found, Entry("cls.predictions.bias", ("readout.bias",))]
 
 
 # ----------------------------------------------------------------------------- t5

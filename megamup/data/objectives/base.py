@@ -80,4 +80,4 @@ def documents_of(tokens: Window, eod_id: int) -> Window:
 
 def count(targets: Window) -> Indices:
     """Targets that count in each row. Shape (batch,)."""
-    return np.count_nonzero(targets >= 0, axis=1).astype(np.int64)
+    return np.asarray(np.count_nonzero(targets >= 0, axis=1), np.int64)

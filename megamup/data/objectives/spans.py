@@ -82,15 +82,13 @@ class Denoised:
     ) -> None:
         self.denoisers, self.start_id, self._draws = denoisers, start_id, draws
         self.raw_len = max(each.lengths.raw for each in denoisers)
-        self.columns = in_a_row(tokens=seq_len, decoder_tokens=decoder_len, targets=decoder_len)
-        if documents:
-            self.columns = in_a_row(
-                tokens=seq_len,
-                decoder_tokens=decoder_len,
-                targets=decoder_len,
-                documents=seq_len,
-                decoder_documents=decoder_len,
-            )
+        self.columns = in_a_row(
+            tokens=seq_len,
+            decoder_tokens=decoder_len,
+            targets=decoder_len,
+            documents=seq_len * documents,
+            decoder_documents=decoder_len * documents,
+        )
         self.width = width_of(self.columns)
         self._shares = np.cumsum([each.weight for each in denoisers]) / sum(each.weight for each in denoisers)
 

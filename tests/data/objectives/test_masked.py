@@ -15,7 +15,7 @@ SPECIAL = (MASK, SEP, CLS)
 
 
 def masking(**changes: Any) -> Masking:
-    plain = {"share": 0.15, "replace": (0.8, 0.1, 0.1), "ngram": 1, "mask_id": MASK, "special": SPECIAL}
+    plain: dict[str, Any] = {"share": 0.15, "replace": (0.8, 0.1, 0.1), "ngram": 1, "mask_id": MASK, "special": SPECIAL}
     return Masking(**(plain | {"vocab_size": VOCABULARY} | changes))
 
 

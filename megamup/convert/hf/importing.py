@@ -1,0 +1,244 @@
+"""A Hugging Face folder as a run that training starts from."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from megamup.config import Config, config_from, merge, parse_override
+from megamup.convert.hf import tokenizer
+from megamup.convert.hf.families import Family, family_named
+from megamup.convert.hf.fold import Part, factors, parts, shapes, unfold
+from megamup.convert.hf.folder import Made, ModelFolder, Renamed, whole_folder, write_tensors
+from megamup.convert.hf.settings import Settings
+from megamup.convert.hf.tables import Entry
+from megamup.convert.hf.tables import without_biases as entries_without_biases
+from megamup.errors import MegamupError
+from megamup.parallel.stored import MANIFEST
+from megamup.parameters import Parameter, parameters
+
+INIT = "init"
+"""Folder of the weights in a run's folder."""
+SHARD_BYTES = 2_000_000_000
+STANDARD = {"parametrization": "sp"}
+"""Where no other is given: the rates of a model that wasn't trained under μP are its own."""
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A model of theirs as one of ours, whose weights are computed one by one."""
+
+    values: dict[str, Any]
+    """The config, but for what an import can't know (data, steps), unless it was given."""
+    config: Config
+    vocab_size: int
+    """Theirs; the config's may be larger."""
+    weights: list[Made]
+    notes: list[str]
+
+
+def import_folder(theirs: Path, output: Path, overrides: Sequence[str] = ()) -> list[str]:
+    """Write a run's folder that starts from the model in ``theirs``; returns lines that say what to know of it.
+
+    Args:
+        theirs: a folder with config.json and safetensors.
+        output: a new folder; it gets config.yaml, init/ and, where ``theirs`` has its files, tokenizer/.
+        overrides: ``a.b=c``, of any key of the config.
+
+    Raises:
+        MegamupError: an architecture, setting or tensor that isn't ours, by name; nothing is written then.
+    """
+    where = {"run": {"dir": str(output.parent), "name": output.name}, "train": {"init": str(output / INIT)}}
+    made = convert(ModelFolder(theirs), overrides, where)
+    with whole_folder(output) as beside:
+        (beside / INIT).mkdir()
+        files = write_tensors(beside / INIT, "weights", made.weights, SHARD_BYTES)
+        inventory = parameters(made.config.model)
+        described = {name: {"file": files[name], "shape": list(inventory[name].shape)} for name in inventory}
+        manifest = {"vocab_size": made.vocab_size, "tensors": described}
+        (beside / INIT / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        (beside / "config.yaml").write_text(yaml.safe_dump(made.values, sort_keys=False), encoding="utf-8")
+        copied = tokenizer.copy_tokenizer(theirs, beside / tokenizer.FOLDER)
+    if not copied:
+        made.notes.append(f"{theirs} holds no tokenizer files; make the corpus with the model's own tokenizer")
+    lines = [f"{output}: {made.config.model.arch} of {len(inventory)} tensors, from {theirs}"]
+    return [*lines, *made.notes, f"next: launch/pretrain.py {output}/config.yaml data.train=... train.steps=..."]
+
+
+def convert(theirs: ModelFolder, overrides: Sequence[str] = (), where: Mapping[str, Any] | None = None) -> Imported:
+    """A model of theirs as one of ours.
+
+    Raises:
+        MegamupError: see `import_folder`.
+    """
+    family = family_named(next(iter(theirs.settings.get("architectures") or []), None))
+    tensors = Renamed(theirs, lambda name: own_name(family, name, theirs))
+    notes: list[str] = []
+    section, rows = section_of(family, theirs, tensors)
+    values = settings(family, section, rows, theirs, overrides, dict(where or {}), notes)
+    config = checked(values)
+    own = config.model.model_copy(update={"vocab_size": rows})
+    inventory = parameters(own)
+    entries = [entry for entry in family.entries(own, inventory) if all(name in inventory for name in entry.ours)]
+    if family.name == "LlamaForCausalLM":
+        entries = without_biases(entries, theirs.settings)
+    check_tensors(family, entries, shapes(entries, inventory), tensors, notes)
+    factor = factors(config, family.own_scales(own, theirs.settings))
+    made_of, whole = parts(entries, inventory), parameters(config.model)
+    if zero := [name for name in inventory if name not in made_of]:
+        notes.append(
+            f"{family.name} has no {zero[0]}{f' and {len(zero) - 1} more' if zero[1:] else ''}: zeros, trained"
+        )
+    weights: list[Made] = []
+    for name, parameter in whole.items():
+        pieces, size = made_of.get(name, []), 4 * math.prod(parameter.shape)
+        one, factor_ = parameter, factor[name]
+
+        def compute(one: Parameter = one, pieces: list[Part] = pieces, factor_: float = factor_) -> Tensor:
+            return weight(one, pieces, factor_, tensors)
+
+        weights.append((name, size, compute))
+    return Imported(values, config, rows, weights, notes)
+
+
+def weight(parameter: Parameter, made_of: list[Part], factor: float, theirs: Mapping[str, Tensor]) -> Tensor:
+    """One of ours; zeros where theirs has none, and in rows that are added to the vocabulary."""
+    if not made_of:
+        return torch.zeros(parameter.shape)
+    found = unfold(made_of, factor, theirs)
+    added = parameter.shape[0] - found.shape[0]
+    return torch.cat((found, found.new_zeros(added, *found.shape[1:]))) if added else found
+
+
+def own_name(family: Family, name: str, folder: ModelFolder) -> str:
+    """The name as the class has it: older files lack its prefix, or call a norm's gain and bias gamma and beta."""
+    if family.prefix and not any(each.startswith(family.prefix) for each in folder):
+        name = family.prefix + name
+    return re.sub(r"LayerNorm\.(gamma|beta)$", lambda m: f"LayerNorm.{NORM[m[1]]}", name)
+
+
+NORM = {"gamma": "weight", "beta": "bias"}
+
+
+# ----------------------------------------------------------------------------- the config
+
+
+def section_of(family: Family, theirs: ModelFolder, tensors: Renamed) -> tuple[dict[str, Any], int]:
+    """The ``model`` section, and the rows of the vocabulary."""
+    section = family.section(theirs.settings)
+    if family.model_type == "t5":  # its class ties where there is no readout in the file, whatever config.json says
+        section["tie_embeddings"] = "lm_head.weight" not in tensors
+    rows = theirs.settings.get("vocab_size")
+    if not isinstance(rows, int) or rows < 1:
+        raise MegamupError(f"config.json: vocab_size={rows!r}; expected a positive number")
+    return {key: value for key, value in section.items() if value is not None}, rows
+
+
+def settings(
+    family: Family,
+    section: dict[str, Any],
+    rows: int,
+    theirs: ModelFolder,
+    overrides: Sequence[str],
+    where: dict[str, Any],
+    notes: list[str],
+) -> dict[str, Any]:
+    """The values of config.yaml."""
+    values: dict[str, Any] = {"model": section | {"vocab_size": rows}, **where}
+    if objective := objective_of(family, theirs):
+        values["objective"] = objective
+    given: dict[str, Any] = {}
+    for override in overrides:
+        merge(given, parse_override(override))
+    if "parametrization" not in (given.get("mup") or {}):
+        values["mup"] = dict(STANDARD if not given.get("mup") else {})
+    merge(values, given)
+    wanted, tensor = values["model"]["vocab_size"], (given.get("parallel") or {}).get("tensor", 1)
+    if isinstance(wanted, int) and isinstance(tensor, int) and tensor > 0:
+        wanted = values["model"]["vocab_size"] = -(-wanted // tensor) * tensor
+        if wanted < rows:
+            raise MegamupError(f"model.vocab_size={wanted}: the model has {rows} rows; expected at least as many")
+        if wanted > rows:
+            notes.append(
+                f"model.vocab_size={wanted}: {wanted - rows} rows of zeros were added to the model's {rows}; their "
+                "logits begin at 0 and training lowers them; export cuts them off"
+            )
+    dropout = [key for key, value in theirs.settings.items() if "drop" in key and value]
+    if dropout:
+        notes.append(f"config.json: {', '.join(dropout)}: megamup has no dropout")
+    return values
+
+
+def objective_of(family: Family, theirs: ModelFolder) -> dict[str, Any]:
+    """Ids of what the model was trained to predict, where its files tell."""
+    ids = tokenizer.special_ids(theirs.folder)
+    if family.model_type == "bert":
+        known = {"mask_id": "[MASK]"}
+        if family.name == "BertForPreTraining":
+            known |= {"cls_id": "[CLS]", "sep_id": "[SEP]"}
+        found: dict[str, Any] = {key: ids[token] for key, token in known.items() if token in ids}
+        return found | ({"pairs": "next_sentence"} if family.name == "BertForPreTraining" else {})
+    if family.model_type != "t5":
+        return {}
+    start = theirs.settings.get("decoder_start_token_id", theirs.settings.get("pad_token_id", 0))
+    found = {} if start is None else {"start_id": start}
+    return found | ({"first_sentinel": ids["<extra_id_0>"]} if "<extra_id_0>" in ids else {})
+
+
+def checked(values: dict[str, Any]) -> Config:
+    """The config as it will be: what only training needs may be missing yet."""
+    whole: dict[str, Any] = {"data": {"train": "-"}, "train": {"steps": 1}}
+    copy: dict[str, Any] = {}
+    merge(copy, whole)
+    merge(copy, values)
+    return config_from(copy)
+
+
+# ----------------------------------------------------------------------------- the tensors
+
+
+def without_biases(entries: list[Entry], settings: Settings) -> list[Entry]:
+    """Llama has two switches for biases, of attention and of the MLP."""
+    off = [] if settings.get("attention_bias") else [".self_attn."]
+    off += [] if settings.get("mlp_bias") else [".mlp."]
+    return entries_without_biases(entries, tuple(off))
+
+
+def check_tensors(
+    family: Family,
+    entries: Sequence[Entry],
+    wanted: Mapping[str, tuple[int, ...]],
+    theirs: Renamed,
+    notes: list[str],
+) -> None:
+    """Raises MegamupError where a tensor is missing, has another shape, or is no part of the class."""
+    if missing := [name for name in wanted if name not in theirs]:
+        raise MegamupError(f"{family.name} lacks {listed(missing)} in these files; expected all tensors of the class")
+    for name, shape in wanted.items():
+        if theirs.shapes[name] != shape:
+            raise MegamupError(f"{name} has shape {theirs.shapes[name]}; config.json makes it {shape}")
+    extra = [name for name in theirs if name not in wanted]
+    for name in extra:
+        source = family.copies.get(name)
+        if source is not None and not torch.equal(theirs[name], theirs[source]):
+            raise MegamupError(
+                f"{name} differs from {source}, but config.json ties them; set tie_word_embeddings=false"
+            )
+    passed = [name for name in extra if name.endswith(family.passed_over)]
+    if unknown := [name for name in extra if name not in family.copies and name not in passed]:
+        raise MegamupError(f"{listed(unknown)} in these files: no tensors of {family.name}; expected its own alone")
+    if passed:
+        notes.append(f"{family.name} doesn't read {listed(passed)}: left out")
+
+
+def listed(names: Sequence[str]) -> str:
+    return f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}"

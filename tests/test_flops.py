@@ -6,7 +6,7 @@ import pytest
 
 from megamup.errors import MegamupError
 from megamup.flops import flops_per_token, known_peak, mfu_percent, training_flops
-from megamup.model import Model
+from megamup.model import Model, Moe
 from megamup.parameters import count
 from megamup.parameters import parameters as inventory
 
@@ -148,6 +148,106 @@ def test_chinchilla_of_the_papers_transformer() -> None:
     model = Model(arch="gpt", d_model=64, n_layers=3, n_heads=4, vocab_size=100, max_seq_len=32)
     expected = 6 * (12 * 3 * 64**2 + 2 * 100 * 64) + 3 * 3 * (4 * 32 * 64 + 3 * 4 * 32)
     assert flops_per_token(model, 32, "chinchilla") == expected
+
+
+# ------------------------------------------------------------------- encoders, two stacks, experts
+
+T5_11B = Model(
+    arch="t5",
+    d_model=1024,
+    n_layers=24,
+    n_heads=128,
+    d_head=128,
+    d_ff=65_536,
+    activation="relu",
+    vocab_size=32_128,
+    max_seq_len=512,
+    tie_embeddings=True,
+)
+SMALL_T5 = Model(
+    arch="t5",
+    d_model=8,
+    n_layers=2,
+    n_decoder_layers=3,
+    n_heads=3,
+    n_kv_heads=1,
+    d_head=4,
+    d_ff=20,
+    vocab_size=50,
+    max_seq_len=16,
+)
+BERT_BASE = Model(arch="bert", d_model=768, n_layers=12, n_heads=12, vocab_size=30_522, max_seq_len=512)
+
+
+def test_t5_11b_published() -> None:
+    """Brown et al. 2020, table D.1: 11,000M parameters on 1,000B tokens are 3.30e22 FLOPs, three a parameter and token,
+    as each token meets one of two stacks. Without embeddings there are 11,270M."""
+    assert 1e12 * flops_per_token(T5_11B, (512, 512), "6N") == pytest.approx(3.30e22, rel=0.03)
+    assert flops_per_token(T5_11B, (512, 512), "6N") == pytest.approx(3 * count(T5_11B)["non_embedding"], rel=1e-3)
+
+
+def test_two_stacks_by_hand() -> None:
+    """Each parameter times the tokens that meet it, over those of both stacks; biases of positions are added."""
+    within, across = 16, 6
+    attention = 2 * 8 * 12 + 2 * 8 * 4
+    encoder = 2 * (attention + 3 * 8 * 20)
+    decoder = 3 * (attention + 3 * 8 * 20 + 2 * 8 * 12)
+    products = encoder * within + decoder * across + 3 * 2 * 8 * 4 * within  # cross keys and values of the memory
+    norms = (2 * 2 + 1) * 8 * within + (3 * 3 + 1) * 8 * across
+    pairs = 2 * within**2 + 3 * (across**2 + across * within)
+    palm = 6 * (products + norms + 50 * 8 * across) + 12 * 12 * pairs
+    assert flops_per_token(SMALL_T5, (within, across), "palm") == palm / (within + across)
+    chinchilla = 2 * products + (4 * 12 + 3 * 3) * pairs
+    whole = chinchilla + 2 * 50 * 8 * (within + across) + 2 * 50 * 8 * across
+    assert flops_per_token(SMALL_T5, (within, across), "chinchilla") == pytest.approx(3 * whole / (within + across))
+    found = flops_per_token(SMALL_T5, (within, across), "chinchilla_non_embedding")
+    assert found == pytest.approx(3 * chinchilla / (within + across))
+
+
+def test_bert_base_published() -> None:
+    """Clark et al. 2020 (ELECTRA), table 1: 2.9e10 FLOPs for a forward pass of 128 tokens, with the embedding as a
+    product and without the masked tokens' readout, norms and activation functions with it (2%, not here)."""
+    per_token = flops_per_token(BERT_BASE, 128, "chinchilla_non_embedding") / 3 + 2 * 30_522 * 768
+    assert 128 * per_token == pytest.approx(2.9e10, rel=0.03)
+
+
+def test_bert_by_hand() -> None:
+    """A decoder's products and its transform; a pooler sees one token of a sequence, and isn't counted."""
+    plain = flops_per_token(BERT_BASE, 128, "palm")
+    gpt = BERT_BASE.model_copy(update={"arch": "gpt", "norm_place": "before", "token_types": 0})
+    norm = 768  # of the embeddings and of the transform, in place of gpt's final one
+    assert plain - flops_per_token(gpt, 128, "palm") == 6 * (768**2 + norm)
+    paired = BERT_BASE.model_copy(update={"pair_head": True})
+    assert flops_per_token(paired, 128, "palm") == plain
+
+
+def test_mixtral_8x7b_published() -> None:
+    """Jiang et al. 2024: 47B parameters, of which a token uses 13B."""
+    model = Model(
+        arch="llama",
+        d_model=4096,
+        n_layers=32,
+        n_heads=32,
+        n_kv_heads=8,
+        d_ff=14_336,
+        vocab_size=32_000,
+        max_seq_len=32_768,
+        moe=Moe(experts=8),
+    )
+    found = count(model)
+    assert found["total"] == pytest.approx(46.7e9, rel=0.001)
+    assert found["active"] == pytest.approx(12.9e9, rel=0.002)
+    assert flops_per_token(model, 4096, "6N") == 6 * (found["active"] - 2 * 32_000 * 4096)
+    assert flops_per_token(model, 4096, "palm") == (6 * (found["active"] - 32_000 * 4096) + 12 * 32 * 4096 * 4096)
+
+
+def test_every_second_block_has_experts() -> None:
+    dense = SMALL.model_copy(update={"moe": None})
+    model = SMALL.model_copy(update={"moe": Moe(experts=6, top_k=3, shared=1, d_expert=5, every=2)})
+    expert = 3 * 8 * 5
+    more = (3 + 1) * expert + 6 * 8 - 3 * 8 * 20  # in place of one MLP: three of six, a shared one, the router
+    assert flops_per_token(model, 16, "6N") == flops_per_token(dense, 16, "6N") + 6 * more
+    assert count(model)["total"] - count(model)["active"] == 3 * expert
 
 
 def test_mfu_is_linear_in_speed_and_peak() -> None:

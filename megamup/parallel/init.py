@@ -51,9 +51,7 @@ def own_experts(parameter: Parameter, experts: Axis) -> slice:
     return slice(experts.rank * each, (experts.rank + 1) * each)
 
 
-def initial_shard(
-    parameter: Parameter, scales: Scales, seed: int, axis: Axis, experts: Axis = ALONE
-) -> Tensor:
+def initial_shard(parameter: Parameter, scales: Scales, seed: int, axis: Axis, experts: Axis = ALONE) -> Tensor:
     """This rank's shard of a parameter's initial value, fp32; logical shape but for the partition dim, and for the
     first where that is experts'."""
     dim = parameter.partition_dim or 0

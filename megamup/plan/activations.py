@@ -134,6 +134,8 @@ class BlockTape:
             bias = self.relative_bias(name)
             held.append(bias)
         mixed = self.core(parts[0], parts[1], parts[2], f"{name}mixed", sizes, bias)
+        if model.qk_norm and at.device == "cpu":  # heads come first in memory then, and are moved to lie in a row
+            mixed = self.add(mixed, to=f"{mixed} in rows", size=sizes[0])
         mixed = self.exchanged(mixed, sizes[0])
         return self.row(mixed, f"{name}output", model.n_heads * model.d_head, holds=(*held, mixed))
 
@@ -243,7 +245,7 @@ class BlockTape:
                 return self.add(x, to="inner", size=size, saves=("inner",))
             case "relu2":
                 relu = self.add(x, to="relu", size=size, saves=("relu",))
-                return self.add(relu, to="inner", size=size, saves=(relu,))
+                return self.add(relu, to="inner", size=size, saves=(relu,), backward_scratch=2 * size)
         return self.add(x, to="inner", size=size, saves=(x,))
 
     def gated(self, gate: str, up: str, size: int) -> str:

@@ -114,7 +114,7 @@ def logits_at_a_time(at: Setting, rows: int) -> int:
         return (1 << (piece - 1).bit_length()) * rows * at.bytes_each
     at_a_time = min(at.tokens, max(1, LOGITS_AT_A_TIME[at.device] // rows))
     capped = 2 if at.model.logit_soft_cap is not None else 0  # its slope, and what that is made of
-    return at_a_time * rows * (4 * (1 + capped) + (2 if at.bytes_each < 4 else 0))
+    return at_a_time * rows * (4 * (1 + capped) + (4 if at.bytes_each < 4 else 0))  # product and gradient in 16 bits
 
 
 def fused(at: Setting, before: Footprint, copied: int, gradient: int, summed: bool) -> End:

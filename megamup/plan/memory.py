@@ -22,7 +22,7 @@ from megamup.parameters import Stack, stacks
 from megamup.plan.activations import block_footprint
 from megamup.plan.ends import End, embedding, head, memory_norm
 from megamup.plan.setting import Device, Setting
-from megamup.plan.state import Held, Layer, inventory, stage_layers
+from megamup.plan.state import Held, Layer, held_of, stage_layers
 from megamup.plan.tape import Footprint, Recompute
 from megamup.plan.zero import StateBytes, settings, state
 
@@ -77,8 +77,7 @@ def memory(config: Config, world_size: int, device: Device = "cuda") -> Memory:
 
 def state_bytes(config: Config, world_size: int) -> dict[str, int]:
     """Bytes of weights, gradients and optimizer state on the rank that holds most of them, without activations."""
-    parallel = config.parallel
-    most = max(inventory(config.model, parallel.tensor, parallel.pipeline), key=lambda held: held.total)
+    parallel, most = config.parallel, max(held_of(config), key=lambda held: held.total)
     of_stage = state(config, most, parallel.data(world_size) * parallel.context, settings(config), on_cpu=False)
     return {"weights": of_stage.weights, "gradients": of_stage.gradients, "optimizer": of_stage.optimizer}
 
@@ -230,7 +229,7 @@ def stages(config: Config, world_size: int, device: Device) -> list[Stage]:
     cut = stage_layers(model, parallel.pipeline)
     sent = [0, *(crossing(of_stage[0], at) for of_stage in cut[1:]), 0]  # into each stage, and out of the last
     found = []
-    for index, held in enumerate(inventory(model, parallel.tensor, parallel.pipeline)):
+    for index, held in enumerate(held_of(config)):
         pieces = tuple(piece(layer, at[layer.stack], config) for layer in cut[index])
         kinds = {layer.kind for layer in cut[index]}
         reading = [at[layer.stack].memory for layer in cut[index] if layer.kind == "block"]

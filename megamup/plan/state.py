@@ -65,16 +65,25 @@ class Held:
 
 def stage_parameters(config: Config) -> list[int]:
     """Parameters that one tensor rank of each pipeline stage holds; blocks are spread as evenly as they go."""
-    return [held.total for held in inventory(config.model, config.parallel.tensor, config.parallel.pipeline)]
+    return [held.total for held in held_of(config)]
+
+
+def held_of(config: Config) -> tuple[Held, ...]:
+    """Of each pipeline stage, what a tensor rank of the config's layout holds."""
+    parallel = config.parallel
+    return inventory(config.model, parallel.tensor, parallel.pipeline, parallel.expert)
 
 
 @lru_cache(maxsize=256)
-def inventory(model: Model, tensor: int, pipeline: int) -> tuple[Held, ...]:
-    """Of each pipeline stage, what a tensor rank holds; a parameter of layers on several stages is on each of them."""
+def inventory(model: Model, tensor: int, pipeline: int, expert: int = 1) -> tuple[Held, ...]:
+    """Of each pipeline stage, what a tensor rank holds, which of experts has one of ``expert`` shares; a parameter of
+    layers on several stages is on each of them."""
     stage_of = {layer: stage for stage, of_stage in enumerate(stage_layers(model, pipeline)) for layer in of_stage}
     members: list[list[tuple[str, int]]] = [[] for _ in range(pipeline)]
     for parameter in parameters(model).values():
         size = parameter.size // (tensor if parameter.partition_dim is not None else 1)
+        if ".moe.experts." in parameter.name:
+            size //= expert
         for stage in {stage_of[layer] for layer in owners(model, parameter.name)}:
             members[stage].append((parameter.role, size))
     return tuple(held(of_stage) for of_stage in members)

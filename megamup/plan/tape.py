@@ -89,6 +89,8 @@ class Tape:
         return op.output
 
     def footprint(self, recompute: Recompute = "none") -> Footprint:
+        if not self.ops:
+            return Footprint(0, self.size, self.size, 0, ())
         sizes = {self.start: self.size} | dict.fromkeys(self.outside, 0) | {op.output: op.size for op in self.ops}
         saved = {name for op in self.ops for name in op.saves}
         own = sum(sizes[name] for name in saved) + sum(op.hidden + op.copies for op in self.ops)

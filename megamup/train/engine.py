@@ -177,6 +177,7 @@ class PipelinedEngine:
                 loss_fn=loss,
                 partition_method="type:^(Wired)?Block$",  # as many blocks a stage as possible alike
             )
+        save_wired(module)
         self.deepspeed, self.clip = initialize(config, mesh, module, world_size, mpu=None)
         if mesh.expert.size > 1:  # DeepSpeed's knows no experts but its own
             own = reductions(self.deepspeed, mesh)
@@ -223,6 +224,14 @@ def pipe_spec(spec: LayerSpec, at: Wires) -> PipeLayerSpec:
 
 def run_shared(spec: LayerSpec, at: Wires, module: torch.nn.Module, carried: Carried) -> Any:
     return at.run(module if spec.borrow is None else partial(spec.borrow, module), carried)
+
+
+def save_wired(module: PipelineModule) -> None:
+    """Let DeepSpeed save and load shared modules that are called with wires: it passes over what isn't a module."""
+    for call in module.forward_funcs:
+        if isinstance(call, partial) and call.func is run_shared and call.args[0].borrow is None:
+            shared = call.args[-1]
+            call.state_dict, call.load_state_dict = shared.state_dict, shared.load_state_dict  # type: ignore[attr-defined]
 
 
 PipeBatch = tuple[Carried, tuple[Tensor, Tensor]]

@@ -33,7 +33,7 @@ ROPE |= {"original_max_position_embeddings": 16, "rope_theta": 500.0}
 WINDOWS = {"use_sliding_window": True, "sliding_window": 8}
 GPT2 = {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 32, "vocab_size": 96, "initializer_range": 0.2}
 T5 = {"d_model": 48, "d_kv": 16, "d_ff": 80, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4}
-T5 |= {"vocab_size": 96, "initializer_factor": 3.0, "decoder_start_token_id": 0}
+T5 |= {"vocab_size": 96, "initializer_factor": 1.0, "decoder_start_token_id": 0}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2", GPT2),
     "gpt2, untied": ("GPT2", GPT2 | {"tie_word_embeddings": False, "activation_function": "gelu", "n_inner": 64}),
@@ -72,7 +72,7 @@ def random_model(name: str, folder: Path) -> Any:
 
 
 def imported(theirs: Path, output: Path, *overrides: str) -> Config:
-    few = ["objective.sentinels=8"] if "T5" in (theirs / "config.json").read_text() else []
+    few = ["objective.sentinels=30"] if "T5" in (theirs / "config.json").read_text() else []
     import_folder(theirs, output, [*few, *overrides])
     return load_config([output / "config.yaml"], ["data.train=shard", "train.steps=1"])
 
@@ -96,7 +96,7 @@ def test_an_imported_model_has_the_same_loss(name: str, tmp_path: Path) -> None:
             logits = build_network(config)(inputs)
         torch.testing.assert_close(loss(logits, inputs), loss(expected, inputs), rtol=1e-5, atol=0)
         assert (logits - expected).abs().max() <= 1e-4
-    assert loss(expected, inputs) > 4
+    assert loss(expected, inputs) > 0.5
 
 
 def logits_of_ranks(config: Config, inputs: dict[str, Tensor]) -> Any:

@@ -132,10 +132,14 @@ def test_a_bias_and_its_gradient(backend: Attention, mask: str, shared: bool) ->
     keys = KEYS if mask in ACROSS else SEQ
     bias = draw(1 if shared else 2, 6, SEQ, keys, seed=4)
     seen = (MASKS | ACROSS)[mask]
-    mine, exact = (
-        lambda q, k, v, b, call=call: call(q, k, v, Scores(0.3, bias=b), seen) for call in (backend, reference)
-    )
-    inputs = [*heads(6, 2, keys=keys), bias]
+
+    def mine(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
+        return backend(q, k, v, Scores(0.3, bias=b), seen)
+
+    def exact(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
+        return reference(q, k, v, Scores(0.3, bias=b), seen)
+
+    inputs = (*heads(6, 2, keys=keys), bias)
     assert distance(mine, exact, inputs) < 1e-13
     assert apart([mine(*inputs)], [exact(*inputs)]) < 1e-13
 
@@ -146,7 +150,7 @@ def test_cudnn_is_not_asked_for_a_bias(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = F.scaled_dot_product_attention
 
     def noted(*args: Tensor, **options: object) -> Tensor:
-        asked.append(_cur_sdpa_kernel_backends())  # type: ignore[no-untyped-call]
+        asked.append(_cur_sdpa_kernel_backends())
         return plain(*args, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", noted)

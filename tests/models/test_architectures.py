@@ -103,3 +103,35 @@ def test_buckets_are_transformers(causal: bool) -> None:
     expected = modeling.T5Attention._relative_position_bucket(ahead, not causal, num_buckets=32, max_distance=128)
     found = bucket(queries, keys, causal, 32, 128, torch.device("cpu"))
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "reference"])
+@pytest.mark.parametrize(("arch", "model"), [("llama", {}), ("llama", {"window": 4}), ("gpt", {}), ("bert", {})])
+def test_documents_don_t_see_each_other(arch: str, model: dict[str, Any], attention: str) -> None:
+    """Changing one document leaves the logits of the others the same to the bit."""
+    config = build(arch, model=model, data={"documents": True}, kernels={"attention": attention})
+    net, before = build_network(config), batch(arch)
+    lengths = torch.tensor([7, 9, SEQ - 16])
+    documents = torch.repeat_interleave(torch.arange(3), lengths).expand(2, SEQ)
+    after = before["tokens"].clone()
+    after[:, 7:16] = (after[:, 7:16] + 1) % (VOCAB - 110)
+    with torch.no_grad():
+        first, second = (net({"tokens": tokens, "documents": documents}) for tokens in (before["tokens"], after))
+    same = (first == second).all(-1).all(0)  # (seq)
+    assert same[:7].all()
+    assert same[16:].all()
+    assert not same[7:16].any()
+
+
+def test_t5_s_documents_meet_in_cross_attention_only_where_they_are_the_same() -> None:
+    net, before = build_network(build("t5", data={"documents": True})), batch("t5")
+    documents = (torch.arange(SEQ) >= 10).long().expand(2, SEQ)
+    ours = (torch.arange(DECODER) >= 5).long().expand(2, DECODER)
+    after = before["tokens"].clone()
+    after[:, :10] = (after[:, :10] + 1) % (VOCAB - 110)
+    rest = {"decoder_tokens": before["decoder_tokens"], "documents": documents, "decoder_documents": ours}
+    with torch.no_grad():
+        first, second = (net({"tokens": tokens, **rest}) for tokens in (before["tokens"], after))
+    same = (first == second).all(-1).all(0)
+    assert not same[:5].any()
+    assert same[5:].all()

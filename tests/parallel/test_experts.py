@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megamup.parallel import experts
-from megamup.parallel.experts import combine, product, routes, spread
+from megamup.parallel.experts import combine, product, routes, spread, trip
+from megamup.parallel.mesh import Axis
+from megamup.train import distributed
+from megamup.train.fork import run_ranks
 
 COUNTS = [3, 0, 5, 1, 0]
 """Of tokens by expert, some without any."""
@@ -78,3 +82,37 @@ def test_grouped_products_are_the_loops(counts: list[int], monkeypatch: pytest.M
         found.append((y.detach(), x.grad, w.grad))
     for ours, loop in zip(*found, strict=True):
         torch.testing.assert_close(ours, loop, rtol=2e-2, atol=2e-2 * float(loop.abs().max()))
+
+
+def visited(chosen: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+    """Rows of this rank after a visit to experts that know their number, with its gradient; and where rows went."""
+    distributed.join()
+    axis = Axis(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
+    number, mine = 2 * axis.size, chosen[axis.rank]
+    x = draw(len(mine), 3)
+    at = routes(mine, number)
+    journey = trip(at.counts, axis)
+    rows = journey.go(spread(x, at))
+    own = torch.arange(2 * axis.rank, 2 * axis.rank + 2).repeat_interleave(journey.at.counts)
+    y = combine(journey.back(rows * (own[:, None] + 1)), torch.ones(mine.shape, dtype=torch.float64), at)
+    (y * y).sum().backward()
+    assert x.grad is not None
+    return y.detach(), x.grad, journey.sent
+
+
+CHOSEN = {
+    "even": [[[0, 2], [1, 3]], [[0, 2], [1, 3]]],
+    "uneven": [[[0, 1], [1, 3]], [[1, 0], [0, 1]]],
+    "one rank's experts only": [[[2, 3], [3, 2]], [[2, 3], [2, 3]]],
+}
+
+
+@pytest.mark.parametrize("case", CHOSEN)
+def test_rows_visit_the_ranks_of_their_experts(case: str) -> None:
+    """And come back in order, whatever the numbers; so do gradients. Expert e multiplies by e + 1 here."""
+    chosen = torch.tensor(CHOSEN[case])
+    for rank, (y, grad, sent) in enumerate(run_ranks(visited, 2, chosen)):
+        x, factor = draw(2, 3).detach(), (chosen[rank] + 1).sum(-1, keepdim=True)
+        torch.testing.assert_close(y, x * factor)
+        torch.testing.assert_close(grad, 2 * x * factor**2)
+        assert sent == [int((chosen[rank] < 2).sum()), int((chosen[rank] >= 2).sum())]

@@ -73,3 +73,25 @@ def test_gains_are_one_and_biases_zero(make_config: Any) -> None:
         if spec.role in ("gain", "bias"):
             values = initial_shard(spec, scales[spec.name], 0, ALONE)
             assert torch.equal(values, torch.full(spec.shape, 1.0 if spec.role == "gain" else 0.0))
+
+
+@pytest.mark.parametrize("name", ["up", "down"])
+def test_experts_are_cut_from_one_tensor(name: str) -> None:
+    """Over ranks that share them out and over tensor ranks, in any number."""
+    shape, dim = ((4, 70, 6), 1) if name == "up" else ((4, 6, 70), 2)
+    spec = Parameter(f"blocks.0.moe.experts.{name}", shape, "hidden", partition_dim=dim)
+    whole = initial_shard(spec, SCALES, 3, ALONE)
+    assert whole.shape == shape
+    for experts, ranks in ((2, 1), (4, 2), (1, 2)):
+        pieces = [
+            torch.cat(
+                [initial_shard(spec, SCALES, 3, Axis(t, ranks, None), Axis(e, experts, None)) for t in range(ranks)],
+                dim,
+            )
+            for e in range(experts)
+        ]
+        assert torch.equal(torch.cat(pieces), whole)
+    router = Parameter("blocks.0.moe.router.weight", (4, 6), "router")
+    assert torch.equal(
+        initial_shard(router, SCALES, 3, ALONE, Axis(1, 2, None)), initial_shard(router, SCALES, 3, ALONE)
+    )

@@ -99,6 +99,24 @@ def test_stretches_cover_the_sequence(degrees: Degrees, sequence: bool) -> None:
         assert all(mesh.stretch // tensor == mesh.context.rank for mesh in ranks)
 
 
+@pytest.mark.parametrize("parallel", [{"expert": 2}, {"expert": 4}, {"expert": 2, "context": 2}])
+@pytest.mark.parametrize("pipeline", [1, 2])
+def test_experts_are_shared_out_among_neighbouring_replicas(parallel: dict[str, int], pipeline: int) -> None:
+    """Replicas = experts x holders: of a stage's four replicas of a tensor shard those that follow each other."""
+    world, tensor, replicas = 8 * pipeline, 2, 4
+    expert, holders = parallel["expert"], replicas // parallel["expert"]
+    for rank in range(world):
+        with world_of(world, rank):
+            mesh = build_mesh(Parallel(tensor=tensor, pipeline=pipeline, **parallel))
+            assert (mesh.expert.size, mesh.holders.size) == (expert, holders)
+            assert mesh.replicas.rank == mesh.holders.rank * expert + mesh.expert.rank
+            first = mesh.pipeline.rank * 8 + mesh.tensor.rank  # of this stage's replicas of this shard
+            mine = mesh.holders.rank * expert
+            assert members(mesh.expert, rank) == [first + tensor * (mine + n) for n in range(expert)]
+            alike = [first + tensor * (n * expert + mesh.expert.rank) for n in range(holders)]
+            assert members(mesh.holders, rank) == alike
+
+
 def test_one_rank_needs_no_process_group() -> None:
     assert not dist.is_initialized()
     assert (SINGLE.stretches, SINGLE.stretch, SINGLE.tensor.name) == (1, 0, "")

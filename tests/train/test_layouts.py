@@ -39,7 +39,7 @@ LAYOUTS = [
 MODELS = {
     "llama": ("model.arch=llama", "optim.grad_clip=0.24"),  # clipping acts on some steps, not on all
     "gpt": ("model.arch=gpt", "optim.grad_clip=0.5"),
-    "bert": ("model.arch=bert", "model.vocab_size=264", "optim.grad_clip=1.0"),
+    "bert": ("model.arch=bert", "model.vocab_size=264", "optim.grad_clip=2.5"),
     "t5": ("model.arch=t5", "model.vocab_size=272", "objective.sentinels=8", "optim.grad_clip=0.5"),
     "experts": ("model.arch=llama", "model.moe={experts: 4, shared: 1, d_expert: 96}", "optim.grad_clip=0.24"),
 }

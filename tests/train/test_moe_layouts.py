@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import pytest
 import torch
 
-from megamup.config import Config
+from megamup.config import Config, micro_batches
+from megamup.errors import MegamupError
 from megamup.parameters import parameters
+from megamup.train import checkpoint
 from megamup.train.fork import run_ranks
 from megamup.train.loop import start, train, train_step
 from tests.parallel.test_layers import gather
 from tests.train.test_layouts import Curve, References, Shards, assert_same, local_shards, reference, run
+from tests.train.test_resume import computed
 
 MODEL = (
     "model.arch=llama",
@@ -100,3 +104,44 @@ def test_routers_are_watched_alike(make_config: Any, read_metrics: Any, world_si
             assert record[name] == pytest.approx(expected[name], rel=1e-5)
         assert 0.25 <= record["moe_max_share"] <= 0.5
         assert record["moe_balance"] > 1.0
+
+
+@pytest.mark.parametrize("layout", [["parallel.expert=2"], ["parallel.expert=2", "parallel.pipeline=2"]])
+def test_experts_shared_out_resume_bit_for_bit(make_config: Any, read_metrics: Any, layout: list[str]) -> None:
+    """Each rank's experts and their moments are in the checkpoint, of which DeepSpeed writes the first replica's."""
+    ranks, keys = 2 * len(layout), (*MODEL, *layout, "train.steps=6", "train.save_every=3", "data.valid=null")
+    unbroken, resumed = make_config(*keys, "run.name=unbroken"), make_config(*keys, "run.name=resumed")
+    for config in (unbroken, resumed):
+        run_ranks(train, ranks, config)
+    shutil.rmtree(resumed.run.folder / "checkpoints" / "step-00000006")
+    run_ranks(train, ranks, resumed)
+    assert computed(read_metrics(resumed)) == computed(read_metrics(unbroken))
+    files = sorted(path.name for path in (resumed.run.folder / "checkpoints" / "step-00000006").glob("experts_*"))
+    assert len(files) == ranks
+    with pytest.raises(MegamupError, match="expert=2, this run has expert=1"):
+        checkpoint.check(
+            resumed.run.folder / "checkpoints" / "step-00000006",
+            make_config(*MODEL, *layout, "parallel.expert=1"),
+            ranks,
+        )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.moe=null", "parallel.expert=2"], "no effect without model.moe"),
+        (["parallel.expert=3"], "model.moe.experts=4 is not divisible by parallel.expert=3"),
+        (["parallel.expert=2", "deepspeed=ds_configs/zero1.json"], "is ZeRO 1, .* use ds_configs/zero0.json"),
+        (["parallel.expert=2", "kernels.compile=true"], "kernels.compile=true needs fixed shapes"),
+        (["model.moe.d_expert=81", "parallel.tensor=2"], "the next that is: 82"),
+    ],
+)
+def test_layouts_that_experts_do_not_have_are_refused(make_config: Any, overrides: list[str], message: str) -> None:
+    with pytest.raises(MegamupError, match=message):
+        make_config(*MODEL, *overrides)
+
+
+def test_a_world_that_expert_ranks_do_not_divide_is_refused(make_config: Any) -> None:
+    config = make_config(*MODEL, "parallel.expert=2")
+    with pytest.raises(MegamupError, match=r"parallel.expert=2 does not divide the 1 ranks .* use one of \[1\]"):
+        micro_batches(config, 1)

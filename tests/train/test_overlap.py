@@ -83,7 +83,17 @@ def test_one_replica_sends_nothing() -> None:
     module = nn.Linear(2, 2)
     with OverlappedReduction(module.parameters(), ALONE).during(last=True):
         module(torch.ones(2)).sum().backward()
-    assert module.weight.grad is not None
+    assert torch.equal(module.weight.grad, torch.ones(2, 2))  # type: ignore[arg-type]
+
+
+def test_gradients_of_one_holder_count_for_their_share() -> None:
+    """An expert that one of four replicas holds has the gradients of all four's tokens: their mean is wanted."""
+    module = nn.Linear(2, 2)
+    reduction = OverlappedReduction(module.parameters(), ALONE, share=0.25)
+    for last in (False, True):
+        with reduction.during(last):
+            module(torch.ones(2)).sum().backward()
+    assert torch.equal(module.weight.grad, torch.full((2, 2), 0.5))  # type: ignore[arg-type]
 
 
 def ds_config(folder: Path, stage: int, **keys: Any) -> str:

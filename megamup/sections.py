@@ -315,8 +315,8 @@ class Schedule(Section):
 class Train(Section):
     steps: Positive
     init: str | None = None
-    """Folder of weights to start from (``tools/import_hf.py`` writes it); default: they are drawn. A resumed run starts
-    from its checkpoint."""
+    """Folder of weights to start from (``tools/import_hf.py`` writes it); default: they are drawn. It has to stay
+    while the run goes on."""
     log_every: Positive = 10
     eval_every: NonNegative = 0
     """Steps between evaluations; 0: never in between. With ``data.valid`` set, the last step is always evaluated."""

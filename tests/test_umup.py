@@ -13,6 +13,7 @@ from megamup.kernels.attention import CAUSAL
 from megamup.kernels.rotary import Rotation, rotate
 from megamup.models.blocks import Block
 from megamup.models.build import build_network
+from megamup.models.mlp import Mlp
 from megamup.mup import table
 from megamup.parallel.layers import spec_of
 from megamup.parameters import parameters
@@ -113,6 +114,7 @@ def test_gelu_equals_that_of_unit_scaling(mult: float) -> None:
     net = build_network(build(GPT, activation=mult))
     block = next(layer for layer in net.layers if isinstance(layer, Block))
     x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    assert isinstance(block.mlp, Mlp)
     ours = block.mlp.activated(x)
     torch.testing.assert_close(ours, U.gelu(x, mult=mult))
 

@@ -33,10 +33,17 @@ class CoreAttention(nn.Module):
 
     output_is_sharded = True
 
-    def __init__(self, name: str, model: Model, scales: BlockScales, attention: AttentionKernel, causal: bool) -> None:
+    def __init__(
+        self,
+        name: str,
+        scales: BlockScales,
+        attention: AttentionKernel,
+        causal: bool = True,
+        soft_cap: float | None = None,
+    ) -> None:
         super().__init__()
         self.name, self.scale, self.gain = name, scales.attention_logits, scales.attention_output
-        self.soft_cap, self.attention, self.causal = model.attention_soft_cap, attention, causal
+        self.attention, self.causal, self.soft_cap = attention, causal, soft_cap
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, bias: Tensor | None = None) -> Tensor:
         scores = Scores(self.scale, self.soft_cap, bias)
@@ -61,7 +68,8 @@ class Attention(nn.Module):
         self.value = ColumnParallelLinear(context, f"{name}.value")
         self.query_norm = HeadNorm(context, model, f"{name}.query_norm") if model.qk_norm else None
         self.key_norm = HeadNorm(context, model, f"{name}.key_norm") if model.qk_norm else None
-        self.core = CoreAttention(f"{name}.core", model, scales, context.kernels.attention, sight.causal)
+        cap = model.attention_soft_cap
+        self.core = CoreAttention(f"{name}.core", scales, context.kernels.attention, sight.causal, cap)
         self.output = RowParallelLinear(context, f"{name}.output")
 
     def forward(

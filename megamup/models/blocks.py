@@ -44,9 +44,8 @@ class Block(nn.Module):
             self.cross_norm = Norm(context, model, f"{name}.cross_norm")
             self.cross = Attention(context, model, f"{name}.cross", scales, Sight(causal=False))
         self.mlp_norm = None if model.parallel_block else Norm(context, model, f"{name}.mlp_norm")
-        experts = model.has_experts(layer)
-        self.mlp: nn.Module
-        if experts:
+        self.mlp: Mlp | Experts
+        if model.has_experts(layer):
             self.mlp = Experts(context, model, f"{name}.moe", scales)
         else:
             self.mlp = Mlp(context, model, f"{name}.mlp", scales)

@@ -37,8 +37,8 @@ class PositionEmbedding(nn.Module):
 
 
 class TypeEmbedding(nn.Module):
-    """Adds which text a token is in (Devlin et al. 2018): (batch, seq, d_model), or a stretch, and types (batch, seq) ->
-    the first."""
+    """Adds which text a token is in (Devlin et al. 2018): (batch, seq, d_model), or a stretch of it, -> the same; types
+    are (batch, seq)."""
 
     name = "embedding.type"
 

@@ -1,4 +1,4 @@
-"""BERT's second task: does the second text follow the first (Devlin et al. 2018), or were they swapped (Lan et al. 2019)?"""
+"""BERT's second task: does a text follow another (Devlin et al. 2018), or were they swapped (Lan et al. 2019)?"""
 
 from __future__ import annotations
 

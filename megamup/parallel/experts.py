@@ -102,7 +102,7 @@ def combine(y: Tensor, weights: Tensor, at: Routes) -> Tensor:
     Returns:
         (tokens, d), of y's type.
     """
-    by_token = unsorted(y, at).unflatten(0, (-1, at.top_k))
+    by_token: Tensor = unsorted(y, at).unflatten(0, (-1, at.top_k))
     return (by_token * weights[..., None]).sum(1).to(y.dtype)
 
 

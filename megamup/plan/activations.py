@@ -170,7 +170,7 @@ class BlockTape:
         at, model = self.at, self.model
         heads = model.n_heads // at.tensor
         if at.backends["attention"] == "reference":
-            return self.plain(query, key, value, to, sizes)
+            return self.plain(query, key, value, to, sizes, () if bias is None else (bias,))
         if bias is not None:
             return self.core_with_bias(query, key, value, to, sizes, bias)
         saves, lse = (query, key, value, to), 4 * at.tokens * heads
@@ -198,14 +198,14 @@ class BlockTape:
         return self.composed(query, key, value, to, sizes[0], added)
 
     def composed(self, query: str, key: str, value: str, to: str, size: int, added: str) -> str:
-        """torch's plain attention: copies in fp32 for batched products, and a softmax that looks for rows of nothing."""
+        """torch's plain attention: copies in fp32 for batched products; the softmax looks for rows of nothing."""
         scores, copied = 4 * self.at.sequences * self.at.pairs, size * 4 // self.each
         q, k, v = (self.add(part, to=f"{part} copied", size=copied) for part in (query, key, value))
         logits = self.add(q, k, to="scores", size=scores, saves=(q, k), dear=True)
         shares = self.add(logits, added, to="shares", size=scores, saves=("shares",), scratch=scores * 5 // 4)
         return self.add(shares, v, to=to, size=size, saves=(shares, v), dear=True)
 
-    def plain(self, query: str, key: str, value: str, to: str, sizes: list[int]) -> str:
+    def plain(self, query: str, key: str, value: str, to: str, sizes: list[int], bias: tuple[str, ...]) -> str:
         """Scores, masked scores and softmax in fp32, of which the softmax stays, as do every head's keys and values."""
         at, model = self.at, self.model
         heads, keys = model.n_heads // at.tensor, at.memory_len if "cross" in to else at.seq_len
@@ -215,7 +215,7 @@ class BlockTape:
         if self.each < 4:
             repeated += 4 * at.tokens * heads * model.d_head  # the query in fp32
         return self.add(
-            query, key, value,
+            query, key, value, *bias,
             to=to,
             size=sizes[0],
             saves=() if repeated else (query, key, value),

@@ -18,9 +18,9 @@ LOGIT_BYTES = 60
 """Read and written per logit between its product and its gradient's: the passes in fp32 of megamup/parallel/loss.py
 (cast, scale, max, subtract, exp, sum, divide, scale, cast)."""
 CAP_BYTES = 48
-"""The same of a cap (divide, tanh, square, subtract, scale, scale the gradient)."""
+"""Besides, of a cap (divide, tanh, square, subtract, scale, scale the gradient)."""
 LIGER_LOGIT_BYTES = 6
-"""Read and written per logit by Liger's kernel (Hsu et al. 2024): read for the maximum and sum, read and written for the
+"""The same as LOGIT_BYTES by Liger's kernel (Hsu et al. 2024): read for the maximum and sum, read and written for the
 gradient."""
 BIASED_SHARE = 0.5
 """Of FlashAttention's rate that torch's memory-efficient kernel reaches, which is xformers' and takes biases (Dao 2023,

@@ -162,8 +162,8 @@ class Monitor:
 
 def stream(model: Model) -> dict[str, str]:
     """{module that puts out the residual stream: its name in the metrics}."""
-    tables = ["token", *(["position"] if model.positions == "learned" else []), *(["type"] if model.token_types else [])]
-    found = {f"embedding.{tables[-1]}": "embedding"}  # each adds to the one before
+    last = "type" if model.token_types else "position" if model.positions == "learned" else "token"
+    found = {f"embedding.{last}": "embedding"}  # each table adds to the one before
     for stack in stacks(model):
         found |= {name: name for name in map(stack.block, range(stack.layers))}
         if model.norm_place == "before":

@@ -85,7 +85,7 @@ def refuse(what: str, changes: list[str]) -> None:
 def config_changes(config: Config) -> list[str]:
     """Keys that the run in the folder had other values of, a line each."""
     path = config.run.folder / "config.yaml"
-    if not path.is_file():
+    if not path.is_file() or not (config.run.folder / "data.json").is_file():  # imported, and not started yet
         return []
     try:
         before = flat(config_from(read_yaml(path)).model_dump(mode="json"))

@@ -45,7 +45,10 @@ MODELS: dict[str, tuple[str, Trait]] = {
     "qwen3": ("Qwen3ForCausalLM", LLAMA | {"window": 7, "global_every": 2, "qk_norm": True, "tie_embeddings": True}),
     "mixtral": ("MixtralForCausalLM", LLAMA | {"moe": {"experts": 4, "d_expert": 24}}),
     "bert": ("BertForMaskedLM", {"arch": "bert"}),
-    "bert, untied, bare": ("BertForMaskedLM", {"arch": "bert", "tie_embeddings": False, "bias": False, "token_types": 0}),
+    "bert, untied, bare": (
+        "BertForMaskedLM",
+        {"arch": "bert", "tie_embeddings": False, "bias": False, "token_types": 0},
+    ),
     "bert, pairs": ("BertForPreTraining", PAIRS),
     "t5": ("T5ForConditionalGeneration", T5),
     "t5, tied": ("T5ForConditionalGeneration", T5 | {"tie_embeddings": True, "d_head": 8}),

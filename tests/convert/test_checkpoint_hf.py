@@ -76,6 +76,16 @@ def test_weights_of_any_layout_are_those_of_one_rank(
         assert (weight - expected[name]).abs().mean() <= (1e-3 if precision == "fp32" else 0.2) * moved, name
 
 
+def test_experts_that_ranks_share_out(make_config: Any) -> None:
+    few = [*SHORT, *ALPHA, *MODELS["experts"], "model.n_layers=2"]
+    alone, config = make_config(*few, "run.name=alone"), make_config(*few, "parallel.expert=2", "parallel.pipeline=2")
+    run_ranks(train, 1, alone)
+    run_ranks(train, 4, config)
+    expected = held(alone)
+    for name, weight in held(config).items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("zero", [0, 1])
 def test_logits_of_an_export_from_tensor_and_pipeline_ranks(

@@ -131,6 +131,20 @@ def test_export_undoes_import(name: str, tmp_path: Path) -> None:
         assert isinstance(again, type(theirs))
 
 
+@pytest.mark.parametrize("name", hf_cases.MODELS)
+def test_import_undoes_export(name: str, tmp_path: Path) -> None:
+    _, traits = hf_cases.MODELS[name]
+    config = hf_cases.config_of(traits)
+    _, weights = hf_cases.build(config)
+    (tmp_path / "theirs").mkdir()
+    exporting.write(tmp_path / "theirs", exporting.convert(config, weights), exporting.TokenizerFiles())
+    again = imported(tmp_path / "theirs", tmp_path / "run", f"mup={json.dumps(hf_cases.MUP)}")
+    found = {spec_of(shard).name: shard.detach() for shard in build_network(again).parameters()}
+    for parameter, weight in weights.items():
+        torch.testing.assert_close(found.pop(parameter), weight, rtol=1e-6, atol=1e-7)
+    assert not any(weight.any() for weight in found.values())  # what the class has besides
+
+
 def test_rows_are_added_to_the_vocabulary_and_cut_off_again(tmp_path: Path) -> None:
     theirs = random_model("gpt2", tmp_path / "theirs")
     lines = import_folder(tmp_path / "theirs", tmp_path / "run", ["model.vocab_size=97", "parallel.tensor=4"])
@@ -180,7 +194,10 @@ def cut_short(folder: Path) -> None:
 
 
 BAD = {
-    "architecture": (lambda f: change(f / "config.json", architectures=["MambaForCausalLM"]), "'MambaForCausalLM' is not"),
+    "architecture": (
+        lambda f: change(f / "config.json", architectures=["MambaForCausalLM"]),
+        "'MambaForCausalLM' is not",
+    ),
     "no architecture": (lambda f: change(f / "config.json", architectures=None), "architectures=None"),
     "missing": (lambda f: resaved(f, **{NORM: None}), f"lacks {NORM}"),
     "extra": (lambda f: resaved(f, **{"transformer.extra": torch.ones(2)}), "transformer.extra in these files"),

@@ -101,18 +101,18 @@ def test_blocks_are_compared_half_way_and_last(depth: int, half: int, last: int)
     blocks: Rms = {f"blocks.{i}{part}": [(float(i), 0.0)] for i in range(depth) for part in ("", ".mlp.down")}
     expected = {f"blocks.half{part}": [(float(half), 0.0)] for part in ("", ".mlp.down")}
     expected |= {f"blocks.last{part}": [(float(last), 0.0)] for part in ("", ".mlp.down")}
-    assert ends(outside | blocks, depth) == outside | expected
+    assert ends(outside | blocks) == outside | expected
 
 
 def test_what_shrinks_at_initialization_by_design(make_config: MakeConfig) -> None:
     plain = make_config()
-    assert set(shrinks_at_init(plain, "heads", False)) == {"readout"}
-    assert set(shrinks_at_init(plain, "d_head", False)) == {"readout", "attention.logits"}
-    fixed = {f"attention.{part}" for part in ("key", "value", "logits", "core", "output")}
-    assert set(shrinks_at_init(plain, "heads", True)) == {"readout"} | fixed
+    assert set(shrinks_at_init(plain, "heads", False)) == {"readout", "moe.router"}
+    assert set(shrinks_at_init(plain, "d_head", False)) == {"readout", "moe.router", ".logits"}
+    fixed = {f".{part}" for part in ("key", "value", "logits", "core", "output")}
+    assert set(shrinks_at_init(plain, "heads", True)) == {"readout", "moe.router"} | fixed
     zero = make_config("mup.zero_init.query=true", "mup.zero_init.residual_out=true")
-    starts_at_zero = {"attention.query", "attention.logits", "attention.output", "mlp.down"}
-    assert set(shrinks_at_init(zero, "heads", False)) == {"readout"} | starts_at_zero
+    starts_at_zero = {".query", ".logits", ".output", ".down", ".moe"}
+    assert set(shrinks_at_init(zero, "heads", False)) == {"readout", "moe.router"} | starts_at_zero
 
 
 # --------------------------------------------------------------------------- the models
@@ -280,7 +280,7 @@ def test_mup_is_flat_and_sp_is_not(check: Run, one_rank: tuple[int, Found]) -> N
 
 def test_tensor_and_pipeline_ranks_have_the_slopes_of_one(check: Run, one_rank: tuple[int, Found]) -> None:
     code, found = check("parallel.tensor=2", "parallel.pipeline=2", *WIDE)
-    layout = {"tensor": 2, "pipeline": 2, "context": 1, "sequence": False}
+    layout = {"tensor": 2, "pipeline": 2, "context": 1, "sequence": False, "expert": 1}
     assert (code, found["flat"], found["layout"]) == (0, True, layout)
     alone = one_rank[1]["slopes"]
     assert list(found["slopes"]) == list(alone)

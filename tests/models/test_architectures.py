@@ -42,7 +42,8 @@ def changes(arch: str, name: str, place: int, **sections: Any) -> Tensor:
     after = {key: value.clone() for key, value in before.items()}
     after[name][:, place] = (after[name][:, place] + 1) % (VOCAB - 110)
     with torch.no_grad():
-        return (net(after) - net(before)).abs().amax(dim=(0, 2))  # (seq)
+        difference: Tensor = net(after) - net(before)
+    return difference.abs().amax(dim=(0, 2))  # (seq)
 
 
 @pytest.mark.parametrize("place", [0, 11, SEQ - 1])

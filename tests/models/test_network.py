@@ -1,7 +1,8 @@
-"""Layers wired by name: what travels between pipeline stages is what is read later, and no layer sees the difference."""
+"""Layers wired by name: what travels between pipeline stages is what is read later, and no layer notices."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -54,7 +55,7 @@ def test_what_is_read_later_travels_and_nothing_else() -> None:
 
 def test_wires_of_neighbours_fit() -> None:
     found = wires(ENCODER_DECODER)
-    assert all(one.after == other.before for one, other in zip(found, found[1:], strict=False))
+    assert all(one.after == other.before for one, other in itertools.pairwise(found))
 
 
 def test_what_passes_by_keeps_its_value_and_its_gradient() -> None:
@@ -65,6 +66,7 @@ def test_what_passes_by_keeps_its_value_and_its_gradient() -> None:
     assert torch.equal(passed, memory)
     assert passed is not memory  # DeepSpeed starts a stage's backward pass from its outputs
     (doubled.sum() + 3 * passed.sum()).backward()
+    assert memory.grad is not None
     assert torch.equal(memory.grad, torch.full_like(memory, 3.0))
 
 

@@ -83,15 +83,11 @@ def test_experts_are_cut_from_one_tensor(name: str) -> None:
     whole = initial_shard(spec, SCALES, 3, ALONE)
     assert whole.shape == shape
     for experts, ranks in ((2, 1), (4, 2), (1, 2)):
-        pieces = [
-            torch.cat(
-                [initial_shard(spec, SCALES, 3, Axis(t, ranks, None), Axis(e, experts, None)) for t in range(ranks)],
-                dim,
-            )
-            for e in range(experts)
-        ]
-        assert torch.equal(torch.cat(pieces), whole)
+        columns = []
+        for rank in (Axis(rank, ranks, None) for rank in range(ranks)):
+            pieces = [initial_shard(spec, SCALES, 3, rank, Axis(place, experts, None)) for place in range(experts)]
+            columns.append(torch.cat(pieces))
+        assert torch.equal(torch.cat(columns, dim), whole)
     router = Parameter("blocks.0.moe.router.weight", (4, 6), "router")
-    assert torch.equal(
-        initial_shard(router, SCALES, 3, ALONE, Axis(1, 2, None)), initial_shard(router, SCALES, 3, ALONE)
-    )
+    of_second = initial_shard(router, SCALES, 3, ALONE, Axis(1, 2, None))
+    assert torch.equal(of_second, initial_shard(router, SCALES, 3, ALONE))

@@ -21,7 +21,7 @@ class Published:
 
     def step(self) -> StepTime:
         held = tuple(stage_parameters(self.config))
-        return step_time(self.config.model, self.config.seq_len, self.layout, self.cluster, held)
+        return step_time(self.config.model, self.config.lengths, self.layout, self.cluster, held)
 
 
 @dataclass(frozen=True)

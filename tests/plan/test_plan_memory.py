@@ -24,7 +24,10 @@ from megamup.train.loop import start, train_step
 from megamup.train.memory import measure_peak
 
 TOLERANCE = 0.05
-SHAPE = ("model.d_model=128", "model.n_layers=3", "model.d_ff=352", "train.steps=9", "batch.micro_sequences=2")
+SHAPE = (
+    "model.d_model=128", "model.n_layers=3", "model.d_ff=352", "model.vocab_size=512", "train.steps=9",
+    "batch.micro_sequences=2",
+)  # fmt: skip
 BUCKET = 100_000
 """Elements: at DeepSpeed's default of 5e8 there would be little else to measure."""
 
@@ -65,6 +68,15 @@ def error(config: Config, world_size: int) -> float:
         ("gpt", 1, 1, 2, 2),
         ("gpt", 2, 1, 1, 0),
         ("gpt", 2, 2, 1, 0),
+        ("bert", 1, 1, 1, 0),
+        ("bert", 2, 1, 1, 0),
+        ("bert", 2, 1, 2, 1),
+        ("bert", 1, 1, 2, 2),
+        ("t5", 1, 1, 1, 0),
+        ("t5", 2, 1, 1, 0),
+        ("t5", 2, 1, 2, 1),
+        ("t5", 1, 2, 1, 0),
+        ("t5", 1, 1, 2, 2),
     ],
 )
 def test_total_is_what_the_allocator_counts(
@@ -94,6 +106,30 @@ def test_and_so_with_what_changes_activations(
     assert abs(error(make_config(*SHAPE, zero_file(tmp_path, 0), *overrides), world_size)) < TOLERANCE
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("model.arch=bert", "batch.micro_sequences=8", "train.recompute=full"),
+        ("model.arch=bert", "objective.pairs=sentence_order", "model.pair_head=true", "train.recompute=selective"),
+        ("model.arch=bert", "precision=bf16"),
+        ("model.arch=t5", "batch.micro_sequences=8"),
+        ("model.arch=t5", "batch.micro_sequences=8", "train.recompute=selective"),
+        ("model.arch=t5", "batch.micro_sequences=8", "train.recompute=full", "model.n_decoder_layers=2"),
+        ("model.arch=t5", "precision=bf16", "model.tie_embeddings=true", "model.vocab_size=2048"),
+        ("model.qk_norm=true",),
+        ("model.parallel_block=true",),
+        ("model.norm_place=after",),
+        ("model.activation=relu2",),
+        ("model.activation=geglu",),
+        ("model.arch=gpt", "model.activation=relu", "model.norm=rms", "model.qk_norm=true"),
+        ("model.logit_soft_cap=30", "model.vocab_size=4096"),
+    ],
+    ids=", ".join,
+)
+def test_and_so_with_every_trait(make_config: Any, tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    assert abs(error(make_config(*SHAPE, zero_file(tmp_path, 0), *overrides), 1)) < TOLERANCE
+
+
 @pytest.mark.parametrize(("stage", "data"), [(0, 1), (1, 2), (2, 2), (3, 2)])
 def test_and_so_in_bf16(make_config: Any, tmp_path: Path, stage: int, data: int) -> None:
     config = make_config(*SHAPE, "precision=bf16", zero_file(tmp_path, stage))
@@ -111,7 +147,7 @@ def test_a_wrong_count_of_activations_would_be_seen(
     make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config(*SHAPE, zero_file(tmp_path, 0))
-    monkeypatch.setattr(BlockTape, "swiglu", lambda self, gate, up, size: self.add(gate, up, to="inner", size=size))
+    monkeypatch.setattr(BlockTape, "gated", lambda self, gate, up, size: self.add(gate, up, to="inner", size=size))
     block_footprint.cache_clear()
     try:
         assert error(config, 1) < -TOLERANCE  # of an MLP's four tensors three are forgotten
@@ -212,7 +248,8 @@ def test_recomputation_keeps_less_and_peaks_lower(make_config: Any) -> None:
     assert total["full"].activations < total["selective"].activations < total["none"].activations
     # Korthikanti et al. (2022), equation 6 without dropout: a block's input is all of it
     config = make_config(*big, "train.recompute=full", "batch.micro_sequences=8")
-    assert {block.kept for block, _ in stages(config, 1, "cpu")[0].blocks} == {8 * config.seq_len * 1024 * 4}
+    blocks = [piece for piece in stages(config, 1, "cpu")[0].pieces if piece.layer.kind == "block"]
+    assert {piece.new.kept for piece in blocks} == {8 * config.seq_len * 1024 * 4}
 
 
 def test_a_tape_replays_a_product() -> None:

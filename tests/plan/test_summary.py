@@ -11,6 +11,7 @@ import pytest
 
 from megamup.cli import load_program
 from megamup.config import config_from, dump_config, load_config
+from megamup.flops import flops_per_token
 from megamup.plan import stage_parameters, table_lines
 from megamup.scaling.analysis import Result, analyse
 from megamup.scaling.fit_file import save_result
@@ -64,6 +65,64 @@ def test_totals(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["table"]["blocks.3.mlp.down.weight"]["lr_scale"] == 0.5
     assert len(found["table"]) == 4 * 9 + 3
     assert found["ranks"] == {"world": 1, "tensor": 1, "pipeline": 1, "context": 1, "data": 1}
+
+
+TO_T5 = ["model.arch=t5", "model.positions=relative", "model.vocab_size=512", "objective.kind=span_corruption"]
+
+
+def test_two_stacks(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A step's tokens are those of both; each stack has rows of its own in the table, its blocks' once."""
+    found = planned(capsys, config_file, *TO_T5)
+    config = load_config([config_file], TO_T5)
+    assert found["batch_tokens"] == 8 * (64 + config.decoder_len)
+    assert found["flops_per_token"]["palm"] == flops_per_token(config.model, (64, config.decoder_len), "palm")
+    names = [line.split()[0] for line in table_lines(config)]
+    assert {"encoder.blocks.0-3.mlp.gate.weight", "decoder.blocks.0-3.cross.key.weight"} <= set(names)
+    assert {"encoder.relative.weight", "decoder.relative.weight"} <= set(names)
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("model.moe.experts=4", "model.moe=4 experts"),
+        ("data.documents=true", "data.documents=true"),
+        ("model.attention_soft_cap=50", "model.attention_soft_cap=50"),
+        ("model.window=16", "model.window=16"),
+    ],
+)
+def test_what_is_not_planned_has_no_figure(
+    config_file: Path, capsys: pytest.CaptureFixture[str], override: str, key: str
+) -> None:
+    found = planned(capsys, config_file, override, "--cluster", NODE)
+    assert (found["memory_bytes_per_rank"], found["step"], found["run"]) == (None, None, None)
+    assert found["state_bytes_per_rank"]["weights"] > 0
+    assert [reason.partition(":")[0].removesuffix(".0") for reason in found["unplanned"]] == [key]
+    assert tool().main([str(config_file), override, "--cluster", NODE]) == 0
+    said = capsys.readouterr().out
+    assert f"not planned       activations and step time: {key}" in said
+    assert not any(word in said for word in ("memory per rank", "tokens/s", "MFU", "days of training"))
+    assert tool().main([str(config_file), override, "--cluster", NODE, "--search"]) == 2
+    assert f"--search: activations and step time aren't planned: {key}" in capsys.readouterr().err
+
+
+def test_what_is_planned_has_no_reason(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert planned(capsys, config_file)["unplanned"] == []
+    assert planned(capsys, config_file, *TO_T5, "--cluster", NODE)["step"]["mfu_percent"] > 0
+    reference = planned(capsys, config_file, "model.arch=bert", "kernels.attention=reference")
+    assert [reason.partition("=")[0] for reason in reference["unplanned"]] == ["kernels.attention"]
+
+
+def test_experts_that_a_token_meets_are_said(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["model.moe.experts=4", "model.moe.every=2"]
+    found = planned(capsys, config_file, *overrides)
+    assert found["parameters"]["total"] - found["parameters"]["active"] == 2 * 2 * 3 * 64 * 160
+    assert found["state_bytes_per_rank"]["weights"] == 4 * found["parameters"]["total"]
+    assert tool().main([str(config_file), *overrides]) == 0
+    said = capsys.readouterr().out
+    assert f"{found['parameters']['active']:,} active)" in said
+    assert "blocks.1-3 of 2.moe.experts.up" in said
+    assert "blocks.0-2 of 2.mlp.up.weight" in said
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

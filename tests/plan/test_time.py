@@ -13,7 +13,8 @@ import pytest
 from megamup.cluster import Cluster, parse_cluster
 from megamup.config import Config, config_from
 from megamup.errors import MegamupError
-from megamup.plan import stage_parameters
+from megamup.flops import flops_per_token
+from megamup.plan import search, stage_parameters
 from megamup.plan.layout import Layout, layout_of
 from megamup.plan.rates import HOP_SECONDS, LINK_SHARE, MEMORY_SHARE, OP_SECONDS, RUNNING_SHARE, Rates, rates_of
 from megamup.plan.time import StepTime, step_time
@@ -42,7 +43,7 @@ def layout(ranks: int = 8, **sections: Any) -> Layout:
 def timed(ranks: int = 8, cluster: Cluster = H100, changes: dict[str, Any] | None = None, **sections: Any) -> StepTime:
     config = config_of(**sections)
     at = replace(layout_of(config, ranks), **(changes or {}))
-    return step_time(config.model, config.seq_len, at, cluster, tuple(stage_parameters(config)))
+    return step_time(config.model, config.lengths, at, cluster, tuple(stage_parameters(config)))
 
 
 def rates() -> Rates:
@@ -164,6 +165,80 @@ def test_fused_attention_computes_half_and_moves_no_scores() -> None:
     assert fused.backward.attention == pytest.approx(2.5 * fused.forward.attention, rel=1e-3)
     plain = Work(model, 8192, replace(at, fused_attention=False), rates()).attention()
     assert plain.forward.attention > 3 * fused.forward.attention
+
+
+T5_3B = {"arch": "t5", "d_model": 1024, "n_layers": 24, "n_heads": 32, "d_head": 128, "d_ff": 16_384}
+T5 = {**T5_3B, "activation": "relu", "vocab_size": 32_128, "max_seq_len": 512}
+
+
+def test_products_of_a_decoders_block_by_hand() -> None:
+    """Cross-attention's keys and values are of the encoder's tokens, all else of the decoder's."""
+    at, model = layout(1, model=T5), config_of(model=T5).model
+    work = Work(model, (512, 128), at, rates(), cross=True)
+    own, of_memory = 1024 * (6 * 4096 + 2 * 16_384), 1024 * 2 * 4096
+    flops = 2 * at.micro_sequences * (own * 128 + of_memory * 512)
+    assert work.tokens == 128 * at.micro_sequences
+    assert work.linears().forward.products == pytest.approx(flops / rates().flops, rel=0.05)
+    assert work.linears().backward.products == pytest.approx(2 * flops / rates().flops, rel=0.05)
+
+
+def test_an_encoder_sees_both_ways() -> None:
+    """Twice the scores of a causal mask."""
+    shape = {**LLAMA_8B, "vocab_size": 128_256, "max_seq_len": 8192}
+    at = layout()
+    causal, both = (
+        Work(config_of(model={**shape, "arch": arch}).model, 8192, at, rates()).attention().forward.attention
+        for arch in ("llama", "bert")
+    )
+    assert both == pytest.approx(2 * causal, rel=1e-3)
+
+
+def test_relative_positions_cost_attention_its_speed_and_memory_traffic() -> None:
+    at = layout(1, model=T5)
+    relative, none = (
+        Work(config_of(model={**T5, "positions": kind}).model, (512, 128), at, rates()).attention()
+        for kind in ("relative", "none")
+    )
+    assert relative.forward.attention == pytest.approx(2 * none.forward.attention, rel=0.01)
+    assert relative.forward.memory > 0
+    assert none.forward.memory == 0
+    cross = [
+        Work(config_of(model={**T5, "positions": kind}).model, (512, 128), at, rates(), cross=True).cross_attention()
+        for kind in ("relative", "none")
+    ]
+    assert cross[0] == cross[1]  # which has no biases
+
+
+@pytest.mark.parametrize("stages", [1, 2, 4])
+def test_two_stacks_in_a_pipeline(stages: int) -> None:
+    """MFU is of the tokens of both; a decoder's stage has fewer to work on, and the encoder's wait less for it."""
+    sections: dict[str, Any] = {"model": T5, "batch": {"global_sequences": 64, "micro_sequences": 8}}
+    step = timed(stages, parallel={"pipeline": stages}, **sections)
+    config = config_of(**sections)
+    within, across = config.seq_len, config.decoder_len
+    assert step.tokens == 64 * (within + across)
+    per_token = flops_per_token(config.model, (within, across), "palm")
+    assert step.mfu == pytest.approx(100 * step.tokens_per_s * per_token / (stages * 989e12))
+    assert 0.9 * step.mfu < step.hfu <= step.mfu * 1.1
+    assert ("pipeline bubble" in step.terms) is (stages > 1)
+    equal = timed(stages, parallel={"pipeline": stages}, **sections, objective={"decoder_len": 512})
+    assert step.seconds < equal.seconds
+
+
+def test_traits_change_what_stands_between_products() -> None:
+    """A parallel block has one norm and sums once; query-key norms are two more."""
+    shape = {**LLAMA_8B, "vocab_size": 128_256, "max_seq_len": 8192}
+    plain, parallel, normed, ungated = (
+        Work(config_of(model={**shape, **trait}).model, 8192, layout(), rates()).between().forward.memory
+        for trait in ({}, {"parallel_block": True}, {"qk_norm": True}, {"activation": "relu2"})
+    )
+    assert parallel < plain < normed
+    assert ungated < plain
+
+
+def test_experts_pay_for_no_step() -> None:
+    with pytest.raises(MegamupError, match=r"model\.moe=8 experts"):
+        search(config_of(model={**LLAMA_8B, "vocab_size": 128, "max_seq_len": 64, "moe": {"experts": 8}}), H100)
 
 
 def test_recomputation_is_another_forward_pass() -> None:

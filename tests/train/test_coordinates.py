@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from megamup.config import Config
 from megamup.data.mixture import open_run_data
 from megamup.kernels.attention import reference
-from megamup.kernels.rotary import rotate
+from megamup.kernels.rotary import Rotation, rotate
 from megamup.models.attention import CoreAttention
 from megamup.models.blocks import Block
 from megamup.mup import attention_scale
@@ -159,7 +159,7 @@ def inside(config: Config, block: Block, x: Tensor) -> dict[str, Tensor]:
     found = {f"{name}.attention_norm": x, f"{name}.attention.query": query, f"{name}.attention.key": key}
     query, key = query.unflatten(-1, (model.n_heads, -1)), key.unflatten(-1, (model.n_kv_heads, -1))
     if model.arch == "llama":
-        query, key = (rotate(part.transpose(1, 2), model.rope_theta).transpose(1, 2) for part in (query, key))
+        query, key = (rotate(part.transpose(1, 2), Rotation(model.rope_theta)).transpose(1, 2) for part in (query, key))
     key = key.repeat_interleave(model.n_heads // model.n_kv_heads, dim=2)
     logits = attention_scale(config) * torch.einsum("bqhd,bkhd->bhqk", query, key)
     rows, columns = torch.tril_indices(config.seq_len, config.seq_len)

@@ -220,3 +220,29 @@ def test_text_in_tokens_of_another_tokenizer(trained: Config, corpora: dict[str,
     message = r"two' was made with tokenizer 't' \(b+\), the run learnt tokens of another"
     with pytest.raises(MegamupError, match=message):
         evaluate_run(str(trained.run.folder), [f"data.valid={corpora['two']}"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "least", "most"),
+    [
+        (("model.arch=bert", "model.vocab_size=320"), 30, 60),  # 15% of 300
+        (("model.arch=t5", "model.vocab_size=320", "objective.sentinels=20"), 40, 130),
+        (("objective.kind=prefix",), 60, 240),
+    ],
+)
+def test_only_what_an_objective_makes_a_target_counts(
+    make_config: Any, corpora: dict[str, str], changes: tuple[str, ...], least: int, most: int
+) -> None:
+    """So that nothing can be told of bytes and words; and the same targets count on every layout and for every seed."""
+    found = {}
+    for seed, ranks in ((1, 1), (2, 2)):
+        name = f"run.name={seed}"
+        config = make_config(*TRAINED, *changes, f"data.valid={corpora['one']}", f"run.seed={seed}", name)
+        record = run_ranks(train, ranks, config)[0]
+        evaluation = run_ranks(evaluate_run, ranks, str(config.run.folder))[0]
+        assert evaluation is not None
+        (found[seed],) = evaluation.losses
+        assert {key for key in record if key.startswith("valid_")} == {"valid_loss", "valid_perplexity"}
+        assert record["valid_loss"] == found[seed].loss
+    assert found[1].targets == found[2].targets
+    assert least < found[1].targets < most

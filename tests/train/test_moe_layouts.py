@@ -116,14 +116,10 @@ def test_experts_shared_out_resume_bit_for_bit(make_config: Any, read_metrics: A
     shutil.rmtree(resumed.run.folder / "checkpoints" / "step-00000006")
     run_ranks(train, ranks, resumed)
     assert computed(read_metrics(resumed)) == computed(read_metrics(unbroken))
-    files = sorted(path.name for path in (resumed.run.folder / "checkpoints" / "step-00000006").glob("experts_*"))
-    assert len(files) == ranks
+    saved = resumed.run.folder / "checkpoints" / "step-00000006"
+    assert len(list(saved.glob("experts_*"))) == ranks
     with pytest.raises(MegamupError, match="expert=2, this run has expert=1"):
-        checkpoint.check(
-            resumed.run.folder / "checkpoints" / "step-00000006",
-            make_config(*MODEL, *layout, "parallel.expert=1"),
-            ranks,
-        )
+        checkpoint.check(saved, make_config(*MODEL, *layout, "parallel.expert=1"), ranks)
 
 
 @pytest.mark.parametrize(

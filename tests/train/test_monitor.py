@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megamup.config import Config
 from megamup.kernels.attention import reference
-from megamup.kernels.rotary import rotate
+from megamup.kernels.rotary import Rotation, rotate
 from megamup.models.attention import CoreAttention
 from megamup.models.blocks import Block
 from megamup.mup import attention_scale
@@ -148,7 +148,7 @@ def largest_logit(config: Config, block: Block, x: Tensor) -> float:
     x = block.attention_norm(x)
     query = (x @ attention.query.weight.T).unflatten(-1, (model.n_heads, -1)).transpose(1, 2)
     key = (x @ attention.key.weight.T).unflatten(-1, (model.n_kv_heads, -1)).transpose(1, 2)
-    query, key = rotate(query, model.rope_theta), rotate(key, model.rope_theta)
+    query, key = (rotate(part, Rotation(model.rope_theta)) for part in (query, key))
     key = key.repeat_interleave(model.n_heads // model.n_kv_heads, dim=1)
     logits = attention_scale(config) * torch.einsum("bhqd,bhkd->bhqk", query, key)
     return float(logits.tril().abs().max())

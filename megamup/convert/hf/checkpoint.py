@@ -6,8 +6,8 @@
     |            | mp_rank_MM_model_states.pt                                                         |
     | ZeRO 3     | each parameter in D parts            | -                                           |
 
-with tensor rank TT, data rank D and MM = stage x tensor + TT. Files are mapped into memory, so that only what is asked
-for is read.
+with tensor rank TT, data rank D and MM = stage x tensor + TT; and experts_pipelineP_tensorT_expertE.pt, where ranks
+share out experts. Files are mapped into memory, so that only what is asked for is read.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from megamup.models.build import context, cross_entropy, model_layers
 from megamup.models.network import Network, wires
 from megamup.parallel.mesh import SINGLE, Axis
 from megamup.parameters import Parameter, parameters
-from megamup.sections import Kernels
+from megamup.sections import Kernels, Parallel
 from megamup.train import checkpoint
 
 Shard = Callable[[], Tensor]
@@ -76,6 +76,8 @@ class CheckpointWeights(Mapping[str, Tensor]):
         if config.zero_stage:
             read = by_group
         self.shards = read(path / checkpoint.TAG, names, config)
+        if config.parallel.expert > 1:
+            put_experts(path, self.shards)
         for tensor in range(config.parallel.tensor):
             if missing := self.inventory.keys() - self.shards[tensor].keys():
                 raise MegamupError(
@@ -119,9 +121,8 @@ class Names:
 
     @classmethod
     def of(cls, config: Config) -> Names:
-        plain = config.model_copy(
-            update={"kernels": Kernels(), "train": config.train.model_copy(update={"init": None, "recompute": "none"})}
-        )
+        train = config.train.model_copy(update={"init": None, "recompute": "none"})
+        plain = config.model_copy(update={"kernels": Kernels(), "train": train, "parallel": Parallel()})
         built_from = replace(context(plain, SINGLE), source=Shapes())
         loss = cross_entropy(built_from, plain)
         specs = model_layers(built_from, plain, loss)
@@ -186,6 +187,20 @@ def by_layer(folder: Path, names: Names, config: Config) -> list[dict[str, Shard
             if (layer, name) in names.layers:
                 found[rank][names.layers[layer, name]] = kept(value)
     return found
+
+
+def put_experts(path: Path, shards: list[dict[str, Shard]]) -> None:
+    """In place of the first replica's experts those of all ranks that share them out (train/experts.py)."""
+    parts: list[dict[str, list[Tensor]]] = [{} for _ in shards]
+    for (_, tensor, _), file in matching(path, r"experts_pipeline(\d+)_tensor(\d+)_expert(\d+)\.pt"):
+        for name, state in load(file).items():
+            parts[tensor].setdefault(name, []).append(state["weight"])
+    for tensor, found in enumerate(parts):
+        shards[tensor] |= {name: joined(cut) for name, cut in found.items()}
+
+
+def joined(cut: list[Tensor]) -> Shard:
+    return lambda: torch.cat(cut)
 
 
 # ----------------------------------------------------------------------------- ZeRO 1-3

@@ -51,7 +51,10 @@ def export_run(run: str, output: Path, dtype: DTypeName = "float32") -> list[str
         write(beside, made, tokenizer)
     size = sum(size for _, size, _ in made.tensors)
     line = f"{output}: {made.family.name} of {folder} after {found_step} steps, {len(made.tensors)} tensors of {dtype}"
-    return [f"{line}, {size / 1e6:,.1f} MB", *tokenizer.notes]
+    init, notes = config.train.init, []
+    if init is not None and not (Path(init) / MANIFEST).is_file():
+        notes.append(f"{init}: not there any more; rows that import added to the vocabulary, if any, were not cut off")
+    return [f"{line}, {size / 1e6:,.1f} MB", *notes, *tokenizer.notes]
 
 
 def split(run: str) -> tuple[Path, int | None]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -117,6 +118,7 @@ def fold(
         vocab_size: rows of theirs; ours may have more at the end.
     """
 
+    @lru_cache(maxsize=1)  # experts of one tensor follow each other
     def one(name: str) -> Tensor:
         if name not in weights:
             return torch.zeros(widened[name].shape)
@@ -126,7 +128,7 @@ def fold(
     def theirs(entry: Entry) -> Tensor:
         parts = [one(name) for name in entry.ours]
         if entry.expert is not None:
-            return parts[0][entry.expert].contiguous()
+            return parts[0][entry.expert].clone()
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
         return (whole.t() if entry.transposed else whole).contiguous()
 

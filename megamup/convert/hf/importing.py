@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ def convert(theirs: ModelFolder, overrides: Sequence[str] = (), where: Mapping[s
         MegamupError: see `import_folder`.
     """
     family = family_named(next(iter(theirs.settings.get("architectures") or []), None))
-    tensors = Renamed(theirs, lambda name: own_name(family, name, theirs))
+    tensors = Renamed(theirs, names_of(family, theirs))
     notes: list[str] = []
     section, rows = section_of(family, theirs, tensors)
     values = settings(family, section, rows, theirs, overrides, dict(where or {}), notes)
@@ -119,11 +119,14 @@ def weight(parameter: Parameter, made_of: list[Part], factor: float, theirs: Map
     return torch.cat((found, found.new_zeros(added, *found.shape[1:]))) if added else found
 
 
-def own_name(family: Family, name: str, folder: ModelFolder) -> str:
-    """The name as the class has it: older files lack its prefix, or call a norm's gain and bias gamma and beta."""
-    if family.prefix and not any(each.startswith(family.prefix) for each in folder):
-        name = family.prefix + name
-    return re.sub(r"LayerNorm\.(gamma|beta)$", lambda m: f"LayerNorm.{NORM[m[1]]}", name)
+def names_of(family: Family, folder: ModelFolder) -> Callable[[str], str]:
+    """Names as the class has them: older files lack its prefix, or call a norm's gain and bias gamma and beta."""
+    prefix = "" if any(name.startswith(family.prefix) for name in folder) else family.prefix
+
+    def own(name: str) -> str:
+        return re.sub(r"LayerNorm\.(gamma|beta)$", lambda m: f"LayerNorm.{NORM[m[1]]}", prefix + name)
+
+    return own
 
 
 NORM = {"gamma": "weight", "beta": "bias"}

@@ -100,8 +100,8 @@ def experts(model: Model, ours: str, theirs: str) -> list[Entry]:
     parts = {"gate": "w1", "down": "w2", "up": "w3"}
     return [
         Entry(f"{theirs}.{number}.{name}.weight", (f"{ours}.{part}",), expert=number)
-        for number in range(model.moe.experts if model.moe else 0)
         for part, name in parts.items()
+        for number in range(model.moe.experts if model.moe else 0)
     ]
 
 

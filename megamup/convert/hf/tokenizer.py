@@ -12,7 +12,7 @@ from typing import Any
 from megamup.config import Config
 from megamup.data.manifest import Manifest
 from megamup.data.tokenizer import FileTokenizer, load_tokenizer
-from megamup.data.tokenizer.base import FastBackendError, require
+from megamup.data.tokenizer.base import require
 from megamup.data.tokenizer.gpt2 import byte_characters
 from megamup.data.tokenizer.probes import TEXTS
 from megamup.errors import MegamupError
@@ -122,11 +122,11 @@ SPACE = "\u2581"
 
 def of_sentencepiece(tokenizer: FileTokenizer, notes: list[str]) -> bytes | None:
     """A SentencePiece model in the form of a tokenizer.json, if that gives its ids."""
+    model = tokenizer.files()[SPIECE]
     try:
-        found = require("gigatoken").Tokenizer.from_sentencepiece(tokenizer.files()[SPIECE])._hf_config()
-    except (FastBackendError, RuntimeError, ValueError) as error:
-        notes.append(f"{SPIECE} has no tokenizer.json of the same ids ({error}); the model file alone was written")
-        return None
+        found = require("gigatoken").Tokenizer.from_sentencepiece(model)._hf_config()
+    except (RuntimeError, ValueError):  # it knows no unigram models
+        found = unigram(model, tokenizer.eod_id)
     steps = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "}, {"type": "ByteFallback"}]
     found["decoder"] = {"type": "Sequence", "decoders": [*steps, {"type": "Fuse"}]}
     data = json.dumps(found, ensure_ascii=False).encode()
@@ -141,6 +141,18 @@ def of_sentencepiece(tokenizer: FileTokenizer, notes: list[str]) -> bytes | None
         notes.append(f"{SPIECE} has no tokenizer.json of the same ids; the model file alone was written")
         return None
     return data
+
+
+def unigram(model: bytes, eod_id: int) -> dict[str, Any]:
+    """A unigram model that keeps text as it is. (Whether it does is seen by its ids.)"""
+    processor = require("sentencepiece").SentencePieceProcessor()
+    processor.load_from_serialized_proto(model)
+    size = range(processor.get_piece_size())
+    vocabulary = [[processor.id_to_piece(piece), processor.get_score(piece)] for piece in size]
+    described = {"type": "Unigram", "vocab": vocabulary, "unk_id": processor.unk_id(), "byte_fallback": True}
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    whole = tokenizer_json(described, vocabulary[eod_id][0], eod_id, normalizer=spaces)
+    return dict(json.loads(whole))
 
 
 def copy_tokenizer(theirs: Path, folder: Path) -> list[str]:

@@ -54,6 +54,12 @@ LAYOUTS: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "reference attention": (1, 0, ("kernels.attention=reference",)),
 }
 """Name: ranks, ZeRO stage, overrides."""
+SHAPES: dict[str, tuple[str, ...]] = {
+    "llama": ("model.arch=llama",),
+    "gpt": ("model.arch=gpt",),
+    "bert": ("model.arch=bert",),
+    "t5": ("model.arch=t5", "objective.decoder_len=32"),  # which context and tensor ranks can cut
+}
 
 
 @dataclass(frozen=True)
@@ -114,12 +120,12 @@ def measure(config: Config, world_size: int, model: str, layout: str) -> Row:
 
 
 def layouts(folder: Path) -> Iterator[Row]:
-    for arch in ("llama", "gpt"):
+    for arch in ("llama", "gpt", "bert", "t5"):
         for precision in ("fp32", "bf16"):
             for name, (ranks, zero, overrides) in LAYOUTS.items():
                 if precision == "bf16" and "reference" in name:
                     continue  # an fp32 computation
-                config = configured(folder, zero, f"model.arch={arch}", f"precision={precision}", *overrides)
+                config = configured(folder, zero, *SHAPES[arch], f"precision={precision}", *overrides)
                 yield measure(config, ranks, f"{arch}, {precision}", name)
 
 
@@ -164,9 +170,10 @@ def main(argv: list[str] | None = None) -> int:
         "",
         headline("./dev bench memory", "torch", "deepspeed"),
         "",
-        "Four blocks of d_model 128 with micro batches of 2 x 128 tokens, 8 sequences a step, and DeepSpeed's buckets "
-        f"cut to {BUCKET:,} elements. Measured: every allocation of torch's CPU allocator over the second step, on the "
-        "rank that takes most. Parts are the plan's, in MiB, each at its own largest, so they exceed the peak.",
+        "Four blocks of d_model 128 (of t5 in either stack) with micro batches of 2 x 128 tokens, 8 sequences a step, "
+        f"and DeepSpeed's buckets cut to {BUCKET:,} elements. Measured: every allocation of torch's CPU allocator over "
+        "the second step, on the rank that takes most. Parts are the plan's, in MiB, each at its own largest, so they "
+        "exceed the peak.",
         "",
         *table(rows),
         "",

@@ -81,6 +81,10 @@ def parse_cluster(text: str, devices: int | None = None) -> Cluster:
         MegamupError: no such file, an unknown key, a number that can't be, or no devices or peak.
     """
     first, *rest = parts = text.split(",")
+    if not all(rest):
+        raise MegamupError(
+            f"--cluster: {text!r} has nothing after a comma; expected a key and a value there, such as price=2.5"
+        )
     values: dict[str, Any] = {}
     if "=" not in first:
         if shipped.find(first) is None:

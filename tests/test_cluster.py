@@ -62,7 +62,8 @@ def test_what_follows_a_file_overrides_it(tmp_path: Path) -> None:
         ("devices=8,peak=1e15,mfu=140", "cluster.mfu: 140 is over 100"),
         ("devices=8,peak=1e15,memory=80", "cluster.memory: 80 is in bytes"),
         ("devices=8,peak=1e15,price=cheap", "cluster.price: 'cheap' is no amount"),
-        ("devices=8,,peak=1e15", "expected a key and a value"),
+        ("devices=8,,peak=1e15", "nothing after a comma; expected a key and a value there"),
+        ("configs/clusters/h100.yaml,nodes=2,", "nothing after a comma"),
         ("", "--cluster: '' is no file"),
     ],
 )

@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--search", action="store_true", help="rank the layouts that fit the cluster")
     parser.add_argument("--fit", type=Path, metavar="fit.json", help="a fitted scaling law: the final loss it predicts")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)  # an override may follow an option
     return report_errors(lambda: show(arguments))
 
 

@@ -111,11 +111,17 @@ def layout_of(config: Config, world_size: int, device: Device = "cuda") -> Layou
         fused_attention=kernels["attention"] != "reference",
         loss=kernels["cross_entropy"],
         overlap_data=parallel.pipeline == 1 and overlaps(zero, stage, mixed),
-        gradient_bytes=2 if mixed and stage > 0 else 4,
+        gradient_bytes=gradient_bytes(config, 2 if mixed and stage > 0 else 4),
         casts_weights=mixed and stage == 0,
         overlap_tensor=config.kernels.matmul == "torch",
         logits_at_a_time=LOGITS_AT_A_TIME[device],
     )
+
+
+def gradient_bytes(config: Config, otherwise: int) -> int:
+    """Of one number of the gradients as it is sent: DeepSpeed's ``communication_data_type``, default their own."""
+    named = load_deepspeed(config.deepspeed).get("communication_data_type")
+    return otherwise if named is None else 4 if str(named).lower() in ("fp32", "float", "float32") else 2
 
 
 def zero_section(config: Config) -> dict[str, Any]:

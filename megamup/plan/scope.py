@@ -20,8 +20,8 @@ def unplanned(config: Config) -> list[str]:
             "whole logits with a cap aren't modelled",
         ),
         "kernels.attention": (
-            kernels.attention == "reference" and model.arch in ("bert", "t5"),
-            "the plain formula isn't modelled with biases, or without a causal mask",
+            kernels.attention == "reference" and config.train.recompute == "selective",
+            "which of the plain formula's parts train.recompute=selective keeps isn't modelled",
         ),
         "kernels.mlp": (
             kernels.mlp == "reference" and model.activation not in PLAIN_ACTIVATIONS,

@@ -19,6 +19,7 @@ from megamup.plan.search import HEADROOM
 from megamup.plan.setting import Device
 from megamup.plan.state import stage_parameters
 from megamup.plan.time import StepTime, step_time
+from megamup.scales import Scales
 
 
 def base_model(config: Config) -> Model:
@@ -153,11 +154,13 @@ def step_lines(config: Config, found: dict[str, Any], world_size: int, cluster: 
 
 def table_lines(config: Config) -> Iterator[str]:
     inventory, scales = parameters(config.model), table(config)
-    header = f"{'parameter':<34}{'shape':>16}{'role':>14}{'init std':>11}{'x':>10}{'lr':>11}{'eps':>10}{'decay':>10}"
-    yield header
+    named = {name: shown_name(name, config.model) for name in inventory}
+    wide = max(34, *(len(said) + 1 for said in named.values() if said is not None))
+    columns = f"{'shape':>16}{'role':>14}{'init std':>11}{'x':>10}{'lr':>11}{'eps':>10}{'decay':>10}"
+    yield f"{'parameter':<{wide}}{columns}"
     for name, parameter in inventory.items():
-        if (said := shown_name(name, config.model)) is not None:
-            yield row(said, parameter, config)
+        if (said := named[name]) is not None:
+            yield f"{said:<{wide}}{row(parameter, scales[name], config.optim.lr)}"
     first = next(iter(scales.values()))
     yield f"betas {first.betas[0]:g}, {first.betas[1]:g}"
 
@@ -183,12 +186,10 @@ def has(model: Model, layer: int, part: str) -> bool:
     return not (part.startswith("mlp.") and model.has_experts(layer))
 
 
-def row(name: str, parameter: Parameter, config: Config) -> str:
-    scales = table(config)[parameter.name]
+def row(parameter: Parameter, scales: Scales, lr: float) -> str:
     shape = " x ".join(map(str, parameter.shape))
     init = f"{scales.init_std:.4g}" if parameter.role not in ("gain", "bias") else f"= {scales.init_mean:g}"
-    lr = config.optim.lr * scales.lr_scale
     return (
-        f"{name:<34}{shape:>16}{parameter.role:>14}{init:>11}{scales.multiplier:>10.4g}{lr:>11.4g}"
+        f"{shape:>16}{parameter.role:>14}{init:>11}{scales.multiplier:>10.4g}{lr * scales.lr_scale:>11.4g}"
         f"{scales.eps:>10.3g}{scales.weight_decay:>10.4g}"
     )

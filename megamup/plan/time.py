@@ -263,7 +263,7 @@ class Step:
 
         ZeRO 0: an all-reduce of the gradients. 1: that too (DeepSpeed 0.19.8 has no reduce-scatter there) and an
         all-gather of the weights. 2: the all-reduce for every micro batch. 3: a reduce-scatter for each, and the
-        weights gathered for every forward and backward pass.
+        weights gathered for every forward and backward pass, block by block.
         """
         layout = self.layout
         if layout.replicas == 1:
@@ -273,6 +273,8 @@ class Step:
         gradients = self.over_replicas(held * layout.gradient_bytes)
         reduced = gradients if layout.scatters_gradients else 2 * gradients
         weights = self.over_replicas(held * layout.element)
+        if layout.zero == 3:  # each block's by themselves
+            weights += (self.most_blocks - 1) * self.rates.latency(layout.replicas, layout.tensor)
         if layout.zero == 0:
             return self.shown(2 * gradients, backward)
         if layout.zero == 1:
@@ -280,6 +282,11 @@ class Step:
         if layout.zero == 2:
             return layout.micro_batches * self.shown(reduced, backward) + weights
         return layout.micro_batches * (self.shown(weights, forward) + self.shown(weights + gradients, backward))
+
+    @property
+    def most_blocks(self) -> int:
+        """Of a stage."""
+        return max(here.blocks + here.cross_blocks for here in self.contents)
 
     def over_replicas(self, size: float) -> float:
         return self.rates.gather(size, self.layout.replicas, self.layout.tensor)

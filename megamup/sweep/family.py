@@ -62,6 +62,8 @@ class Family:
             "d_ff": max(1, round(base.d_ff * width / base.d_model / unit)) * unit,
             "n_layers": base.n_layers if self.aspect is None else max(1, round(width / self.aspect)),
         }
+        if base.n_decoder_layers is not None:  # in proportion
+            shape["n_decoder_layers"] = max(1, round(base.n_decoder_layers * shape["n_layers"] / base.n_layers))
         return Model.model_validate(base.model_dump() | shape)
 
     def models(self, widest: float, sizes: int, span: float) -> list[Model] | None:

@@ -64,7 +64,7 @@ def together(losses: Sequence[SetLoss]) -> SetLoss:
     return SetLoss(None, nats, targets, total([each.text for each in losses]))
 
 
-def metrics(losses: Sequence[SetLoss]) -> dict[str, float]:
+def valid_metrics(losses: Sequence[SetLoss]) -> dict[str, float]:
     """For metrics.jsonl: ``valid_loss`` and its like over all sets, and of several each one's, ``valid_loss_NAME``."""
     found = {f"valid_{figure}": value for figure, value in together(losses).figures.items()}
     for each in losses if len(losses) > 1 else ():

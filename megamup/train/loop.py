@@ -18,9 +18,10 @@ from megamup.errors import MegamupError, OneRankError
 from megamup.kernels.choice import choose
 from megamup.mup import table
 from megamup.parallel.mesh import Mesh, build_mesh
-from megamup.train import checkpoint, distributed, evaluate, run_folder
+from megamup.train import checkpoint, distributed, run_folder
 from megamup.train.batches import HeldOut, held_out_batches, read, training_batches
 from megamup.train.engine import Engine, build_engine, weigh
+from megamup.train.evaluate import evaluate, together, valid_metrics
 from megamup.train.metrics import Recorder, peak_flops
 from megamup.train.monitor import Monitor
 from megamup.train.optim import adamw_backend
@@ -99,9 +100,9 @@ def train_step(run: Training, step: int) -> dict[str, float]:
         values |= run.monitor.values()
     if due.evaluation:
         with run.recorder.pause("evaluation"):
-            losses = evaluate.evaluate(run.held_out, run.engine, config, run.mesh, run.device)
-        finite(evaluate.together(losses).loss, step + 1, config)
-        values |= evaluate.metrics(losses)
+            losses = evaluate(run.held_out, run.engine, config, run.mesh, run.device)
+        finite(together(losses).loss, step + 1, config)
+        values |= valid_metrics(losses)
     record = run.recorder.step(step + 1, **values)
     if (
         due.save

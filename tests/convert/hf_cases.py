@@ -13,7 +13,7 @@ from megamup.models.build import build_network
 from megamup.models.network import Network
 from megamup.parallel.layers import spec_of
 
-SIZES = {"d_model": 48, "n_layers": 2, "n_heads": 4, "d_ff": 80, "vocab_size": 96, "max_seq_len": 32}
+SIZES: dict[str, Any] = {"d_model": 48, "n_layers": 2, "n_heads": 4, "d_ff": 80, "vocab_size": 96, "max_seq_len": 32}
 BASE = {"d_model": 16, "n_heads": 2, "d_ff": 40, "n_layers": 1}
 ALPHA = {"embedding": 1.7, "hidden": 0.8, "residual_out": 1.3, "readout": 2.5, "attention": 1.4}
 SIGMA = {"embedding": 0.5, "hidden": 0.3, "residual_out": 0.3, "readout": 0.3}
@@ -59,10 +59,10 @@ MODELS: dict[str, tuple[str, Trait]] = {
 
 
 def config_of(traits: Trait, **sections: Any) -> Config:
-    objective = {"objective": {"pairs": "next_sentence"}} if traits.get("pair_head") else {}
+    objective: dict[str, Any] = {"objective": {"pairs": "next_sentence"}} if traits.get("pair_head") else {}
     if traits["arch"] == "t5":
         objective = {"objective": {"sentinels": 8}}
-    values = {"model": SIZES | traits, "mup": MUP, "data": {"train": "-"}, "train": {"steps": 1}}
+    values: dict[str, Any] = {"model": SIZES | traits, "mup": MUP, "data": {"train": "-"}, "train": {"steps": 1}}
     return config_from(values | objective | sections)
 
 

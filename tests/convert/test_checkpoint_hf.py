@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import hf_cases
 import pytest
 import torch
 
@@ -19,6 +18,7 @@ from megamup.models.build import build_network
 from megamup.parallel.layers import spec_of
 from megamup.train.fork import run_ranks
 from megamup.train.loop import train
+from tests.convert import hf_cases
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 

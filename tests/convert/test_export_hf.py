@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import hf_cases
 import pytest
 import torch
 
@@ -16,6 +15,7 @@ from megamup.convert.hf.fold import factors
 from megamup.convert.hf.tokenizer import TokenizerFiles
 from megamup.errors import MegamupError
 from megamup.models.network import Network
+from tests.convert import hf_cases
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import hf_cases
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,23 +17,32 @@ from torch import Tensor
 from megamup.config import Config, load_config
 from megamup.convert.hf import exporting
 from megamup.convert.hf.importing import import_folder
+from megamup.convert.hf.tokenizer import TokenizerFiles
 from megamup.errors import MegamupError
 from megamup.models.build import build_network
 from megamup.parallel.layers import spec_of
 from megamup.parallel.mesh import build_mesh
 from megamup.train import distributed
 from megamup.train.fork import run_ranks
+from tests.convert import hf_cases
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-SIZE = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 80}
+SIZE: dict[str, Any] = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 80}
 SIZE |= {"vocab_size": 96, "max_position_embeddings": 32, "initializer_range": 0.2}
 LLAMA = SIZE | {"num_key_value_heads": 2, "head_dim": 16}
-ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+ROPE: dict[str, Any] = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 ROPE |= {"original_max_position_embeddings": 16, "rope_theta": 500.0}
 WINDOWS = {"use_sliding_window": True, "sliding_window": 8}
-GPT2 = {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 32, "vocab_size": 96, "initializer_range": 0.2}
-T5 = {"d_model": 48, "d_kv": 16, "d_ff": 80, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4}
+GPT2: dict[str, Any] = {
+    "n_embd": 48,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 32,
+    "vocab_size": 96,
+    "initializer_range": 0.2,
+}
+T5: dict[str, Any] = {"d_model": 48, "d_kv": 16, "d_ff": 80, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4}
 T5 |= {"vocab_size": 96, "initializer_factor": 1.0, "decoder_start_token_id": 0}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2", GPT2),
@@ -122,7 +132,7 @@ def test_export_undoes_import(name: str, tmp_path: Path) -> None:
     config = imported(tmp_path / "theirs", tmp_path / "run", *MUP)
     weights = {spec_of(shard).name: shard.detach() for shard in build_network(config).parameters()}
     made = exporting.convert(config, weights)
-    exporting.write(tmp_path / "run", made, exporting.TokenizerFiles())
+    exporting.write(tmp_path / "run", made, TokenizerFiles())
     kind = getattr(transformers, made.settings["architectures"][0])
     again = kind.from_pretrained(tmp_path / "run", attn_implementation="eager")
     inputs = hf_cases.inputs_of(config)
@@ -137,7 +147,7 @@ def test_import_undoes_export(name: str, tmp_path: Path) -> None:
     config = hf_cases.config_of(traits)
     _, weights = hf_cases.build(config)
     (tmp_path / "theirs").mkdir()
-    exporting.write(tmp_path / "theirs", exporting.convert(config, weights), exporting.TokenizerFiles())
+    exporting.write(tmp_path / "theirs", exporting.convert(config, weights), TokenizerFiles())
     again = imported(tmp_path / "theirs", tmp_path / "run", f"mup={json.dumps(hf_cases.MUP)}")
     found = {spec_of(shard).name: shard.detach() for shard in build_network(again).parameters()}
     for parameter, weight in weights.items():
@@ -155,6 +165,34 @@ def test_rows_are_added_to_the_vocabulary_and_cut_off_again(tmp_path: Path) -> N
     assert not weights["embedding.token"][96:].any()
     state = exporting.state_dict(exporting.convert(config, weights))
     torch.testing.assert_close(state["transformer.wte.weight"], theirs.transformer.wte.weight, rtol=1e-6, atol=0)
+
+
+def test_files_in_pieces_and_in_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = random_model("llama", tmp_path / "theirs").bfloat16()
+    theirs.save_pretrained(tmp_path / "pieces", max_shard_size="20KB")
+    assert len(list((tmp_path / "pieces").glob("*.safetensors"))) > 3
+    monkeypatch.setattr("megamup.convert.hf.importing.SHARD_BYTES", 40_000)
+    config = imported(tmp_path / "pieces", tmp_path / "run")
+    stored = list((tmp_path / "run" / "init").glob("*.safetensors"))
+    assert len(stored) > 3
+    size = sum(parameter.numel() for parameter in theirs.parameters())
+    assert sum(path.stat().st_size for path in stored) < 2.3 * size  # as they were, in two bytes each
+    inputs = hf_cases.inputs_of(config)
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "pieces", dtype=torch.float32)
+    with torch.no_grad():
+        logits = build_network(config)(inputs)
+    assert (logits - hf_cases.their_logits(again, inputs)).abs().max() <= 1e-4
+
+
+def test_ids_that_the_files_tell(tmp_path: Path) -> None:
+    random_model("t5", tmp_path / "t5")
+    (tmp_path / "t5" / "tokenizer.json").write_text('{"added_tokens": [{"id": 90, "content": "<extra_id_0>"}]}')
+    config = imported(tmp_path / "t5", tmp_path / "run")
+    assert (config.objective.start_id, config.objective.first_sentinel) == (0, 90)
+    assert (tmp_path / "run" / "tokenizer" / "tokenizer.json").is_file()
+    random_model("bert", tmp_path / "bert")
+    (tmp_path / "bert" / "vocab.txt").write_text("[PAD]\n[UNK]\n[MASK]\n")
+    assert imported(tmp_path / "bert", tmp_path / "masked").objective.mask_id == 2
 
 
 # ----------------------------------------------------------------------------- bad input
@@ -193,7 +231,7 @@ def cut_short(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1000])
 
 
-BAD = {
+BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "architecture": (
         lambda f: change(f / "config.json", architectures=["MambaForCausalLM"]),
         "'MambaForCausalLM' is not",
@@ -224,12 +262,10 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_folders_are_refused_and_nothing_is_written(name: str, gpt2: Path, tmp_path: Path) -> None:
-    import shutil
-
     theirs = tmp_path / "theirs"
     shutil.copytree(gpt2, theirs)
     spoil, message = BAD[name]
-    spoil(theirs)  # type: ignore[operator]
+    spoil(theirs)
     with pytest.raises(MegamupError) as caught:
         import_folder(theirs, tmp_path / "run")
     assert message in str(caught.value)

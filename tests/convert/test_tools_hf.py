@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 VOCAB, SEQ = 264, 64
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 SIZE |= {"vocab_size": VOCAB, "max_position_embeddings": SEQ}
-T5_SIZE = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": VOCAB}
+T5_SIZE: dict[str, Any] = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": VOCAB}
 T5_SIZE |= {"decoder_start_token_id": 0, "feed_forward_proj": "gated-gelu"}
 MODELS: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "gpt2": (

@@ -113,6 +113,7 @@ def test_and_so_with_what_changes_activations(
         ("model.arch=bert", "objective.pairs=sentence_order", "model.pair_head=true", "train.recompute=selective"),
         ("model.arch=bert", "precision=bf16"),
         ("model.arch=t5", "batch.micro_sequences=8"),
+        ("model.arch=t5", "batch.micro_sequences=8", "kernels.attention=reference"),
         ("model.arch=t5", "batch.micro_sequences=8", "train.recompute=selective"),
         ("model.arch=t5", "batch.micro_sequences=8", "train.recompute=full", "model.n_decoder_layers=2"),
         ("model.arch=t5", "precision=bf16", "model.tie_embeddings=true", "model.vocab_size=2048"),
@@ -174,7 +175,7 @@ def test_fused_cross_entropy_removes_the_logits(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("arch", ["llama", "gpt"])
+@pytest.mark.parametrize("arch", ["llama", "gpt", "bert", "t5"])
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize(("precision", "stage"), [("fp32", 0), ("bf16", 0), ("bf16", 1), ("bf16", 2), ("bf16", 3)])
 def test_total_is_what_the_caching_allocator_counts(
@@ -182,7 +183,10 @@ def test_total_is_what_the_caching_allocator_counts(
 ) -> None:
     """At a size at which cuBLAS' workspace, which is torch's too, is small, and without what may not be installed."""
     kernels = [f"kernels.{op}=torch" for op in ("norm", "mlp", "rotary")] + ["kernels.cross_entropy=fused"]
-    size = ("model.d_model=1024", "model.n_layers=6", "model.n_heads=16", "model.n_kv_heads=4", "model.d_ff=2816")
+    size = (
+        "model.d_model=1024", "model.n_layers=6", "model.n_heads=16", "model.n_kv_heads=4", "model.d_ff=2816",
+        "model.vocab_size=512",
+    )  # fmt: skip
     config = make_config(
         f"model.arch={arch}", *size, *kernels, f"precision={precision}", "batch.global_sequences=1024",
         "batch.micro_sequences=512", f"train.recompute={recompute}", zero_file(tmp_path, stage),

@@ -20,7 +20,7 @@ SHAPE: dict[str, Any] = {"d_model": 8, "n_heads": 2, "vocab_size": 16, "max_seq_
 
 
 def model(arch: str, **keys: Any) -> Model:
-    return Model(arch=arch, **{**SHAPE, "n_layers": 2, **keys})  # type: ignore[arg-type]
+    return Model(arch=arch, **{**SHAPE, "n_layers": 2, **keys})
 
 
 @pytest.mark.parametrize("arch", ["gpt", "t5"])

@@ -109,7 +109,7 @@ def test_what_is_not_planned_has_no_figure(
 def test_what_is_planned_has_no_reason(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert planned(capsys, config_file)["unplanned"] == []
     assert planned(capsys, config_file, *TO_T5, "--cluster", NODE)["step"]["mfu_percent"] > 0
-    reference = planned(capsys, config_file, "model.arch=bert", "kernels.attention=reference")
+    reference = planned(capsys, config_file, "train.recompute=selective", "kernels.attention=reference")
     assert [reason.partition("=")[0] for reason in reference["unplanned"]] == ["kernels.attention"]
 
 
@@ -234,6 +234,7 @@ def test_a_fit_tells_the_final_loss(config_file: Path, tmp_path: Path, capsys: p
 
 
 def test_overrides_follow_the_files(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert planned(capsys, config_file, "--ranks", "1", "train.steps=40")["tokens"] == 20_480
     assert planned(capsys, config_file, "train.steps=40")["tokens"] == 20_480
 
 

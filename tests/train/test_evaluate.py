@@ -17,7 +17,7 @@ from megamup.data.manifest import TokenizerEntry
 from megamup.data.shards import token_dtype
 from megamup.data.writer import CorpusWriter
 from megamup.errors import MegamupError
-from megamup.train.evaluate import SetLoss, metrics, together
+from megamup.train.evaluate import SetLoss, together, valid_metrics
 from megamup.train.evaluate_run import Evaluation, evaluate_run
 from megamup.train.fork import run_ranks
 from megamup.train.loop import train
@@ -74,11 +74,11 @@ def test_all_together_counts_each_target_once() -> None:
     assert whole.loss == 1.0
     assert whole.bits_per_byte == pytest.approx(0.4 / math.log(2))
     assert whole.text == TextCounts(100, 0), "the words of one set aren't known"
-    named = metrics(sets)
+    named = valid_metrics(sets)
     assert (named["valid_loss"], named["valid_loss_a"], named["valid_loss_b"]) == (1.0, 3.0, 1 / 3)
     assert "valid_word_perplexity_a" in named
     assert "valid_word_perplexity" not in named
-    assert set(metrics(sets[:1])) == {f"valid_{figure}" for figure in sets[0].figures}, "one set needs no name"
+    assert set(valid_metrics(sets[:1])) == {f"valid_{figure}" for figure in sets[0].figures}, "one set needs no name"
 
 
 def test_a_run_tells_of_each_set_and_of_all(make_config: Any, corpora: dict[str, str]) -> None:
@@ -134,7 +134,7 @@ def test_a_checkpoint_has_the_loss_that_the_run_had(
     found, *others = run_ranks(evaluate_run, ranks, str(config.run.folder))
     assert found is not None
     assert others == [None] * (ranks - 1)
-    assert metrics(found.losses) == {key: value for key, value in record.items() if key.startswith("valid_")}
+    assert valid_metrics(found.losses) == {key: value for key, value in record.items() if key.startswith("valid_")}
     assert (found.step, [each.name for each in found.losses]) == (3, ["books", "one"])
 
 

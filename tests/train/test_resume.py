@@ -64,6 +64,16 @@ def test_killed_run_goes_on_bit_for_bit(
     assert computed(read_metrics(killed)) == computed(read_metrics(unbroken))
 
 
+def test_a_pipeline_resumes_the_embedding_that_its_two_stacks_share(make_config: Any, read_metrics: Any) -> None:
+    model = ("model.arch=t5", "model.vocab_size=272", "model.n_kv_heads=4", "objective.sentinels=8")
+    config = make_config(*model, "parallel.pipeline=2", "train.steps=6", "train.save_every=3")
+    run_ranks(train, 2, config)
+    expected = computed(read_metrics(config))
+    shutil.rmtree(config.run.folder / "checkpoints" / "step-00000006")
+    run_ranks(train, 2, config)
+    assert computed(read_metrics(config)) == expected
+
+
 def test_kill_while_saving_leaves_no_checkpoint_that_looks_whole(make_config: Any, read_metrics: Any) -> None:
     """A partial folder, as a kill leaves it, is neither resumed from nor in the way."""
     config = make_config("train.steps=8", "train.save_every=4")
@@ -166,15 +176,15 @@ def train_with_small_disk(config: Config) -> None:
 
 def test_time_between_steps_leaves_out_evaluation(make_config: Any, read_metrics: Any, monkeypatch: Any) -> None:
     """An evaluation that takes long doesn't lower the reported throughput."""
-    from megamup.train import loop
+    from megamup.train import evaluate
 
-    evaluate = loop.evaluate
+    function = evaluate.evaluate_set
 
-    def slow(run: loop.Training) -> float:
+    def slow(*arguments: Any) -> evaluate.SetLoss:
         time.sleep(1.0)
-        return evaluate(run)
+        return function(*arguments)
 
-    monkeypatch.setattr(loop, "evaluate", slow)
+    monkeypatch.setattr(evaluate, "evaluate_set", slow)
     config = make_config("train.steps=6", "train.eval_every=1")
     run_ranks(train, 1, config)
     tokens = config.batch_tokens

@@ -118,17 +118,18 @@ def fold(
         vocab_size: rows of theirs; ours may have more at the end.
     """
 
-    @lru_cache(maxsize=1)  # experts of one tensor follow each other
     def one(name: str) -> Tensor:
         if name not in weights:
             return torch.zeros(widened[name].shape)
         tensor = weights[name].float() * factor[name]
         return tensor[:vocab_size] if name in VOCABULARY else tensor
 
+    stacked = lru_cache(maxsize=1)(one)  # experts of one tensor follow each other
+
     def theirs(entry: Entry) -> Tensor:
-        parts = [one(name) for name in entry.ours]
         if entry.expert is not None:
-            return parts[0][entry.expert].clone()
+            return stacked(entry.ours[0])[entry.expert].clone()
+        parts = [one(name) for name in entry.ours]
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
         return (whole.t() if entry.transposed else whole).contiguous()
 

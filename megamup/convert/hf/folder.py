@@ -128,6 +128,7 @@ def whole_folder(output: Path) -> Iterator[Path]:
     Raises:
         MegamupError: ``output`` is there already.
     """
+    output = Path(os.path.abspath(output))
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise MegamupError(f"{output}: is there already; give the name of a new folder, or remove it")
     beside = output.with_name(f".{output.name}.partial")
@@ -172,11 +173,15 @@ def write_tensors(folder: Path, stem: str, tensors: list[Made], limit: int) -> d
         Name of tensor -> file.
     """
     writer, _ = safetensors()
+    umask = os.umask(0)
+    os.umask(umask)
+    readable = 0o666 & ~umask
     pieces = shards(tensors, limit)
     files: dict[str, str] = {}
     for number, piece in enumerate(pieces, 1):
         name = f"{stem}.safetensors" if len(pieces) == 1 else f"{stem}-{number:05d}-of-{len(pieces):05d}.safetensors"
         computed = {tensor: compute() for tensor, _, compute in piece}
         writer.save_file(computed, folder / name, metadata={"format": "pt"})
+        (folder / name).chmod(readable)  # safetensors makes files that only their owner reads
         files |= dict.fromkeys(computed, name)
     return files

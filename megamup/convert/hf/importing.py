@@ -18,7 +18,7 @@ from megamup.config import Config, config_from, merge, parse_override
 from megamup.convert.hf import tokenizer
 from megamup.convert.hf.families import Family, family_named
 from megamup.convert.hf.fold import Part, factors, parts, shapes, unfold
-from megamup.convert.hf.folder import Made, ModelFolder, Renamed, whole_folder, write_tensors
+from megamup.convert.hf.folder import Made, ModelFolder, Renamed, read_json, whole_folder, write_tensors
 from megamup.convert.hf.settings import Settings
 from megamup.convert.hf.tables import Entry
 from megamup.convert.hf.tables import without_biases as entries_without_biases
@@ -185,14 +185,16 @@ def objective_of(family: Family, theirs: ModelFolder) -> dict[str, Any]:
     """Ids of what the model was trained to predict, where its files tell."""
     ids = tokenizer.special_ids(theirs.folder)
     if family.model_type == "bert":
-        known = {"mask_id": "[MASK]"}
+        tokens = {"mask_id": "[MASK]"}
         if family.name == "BertForPreTraining":
-            known |= {"cls_id": "[CLS]", "sep_id": "[SEP]"}
-        found: dict[str, Any] = {key: ids[token] for key, token in known.items() if token in ids}
+            tokens |= {"cls_id": "[CLS]", "sep_id": "[SEP]"}
+        found: dict[str, Any] = {key: ids[token] for key, token in tokens.items() if token in ids}
         return found | ({"pairs": "next_sentence"} if family.name == "BertForPreTraining" else {})
     if family.model_type != "t5":
         return {}
-    start = theirs.settings.get("decoder_start_token_id", theirs.settings.get("pad_token_id", 0))
+    generation = theirs.folder / "generation_config.json"
+    known = dict(theirs.settings) | (read_json(generation) if generation.is_file() else {})
+    start = known.get("decoder_start_token_id", known.get("pad_token_id", 0))
     found = {} if start is None else {"start_id": start}
     return found | ({"first_sentinel": ids["<extra_id_0>"]} if "<extra_id_0>" in ids else {})
 

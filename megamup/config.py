@@ -185,10 +185,15 @@ class Config(Section):
             raise ValueError(
                 f"model.moe.experts={moe.experts} is not divisible by parallel.expert={ranks}: each rank holds as many"
             )
-        if ranks > 1 and self.zero_stage > 0:
+        if ranks > 1 and self.zero_stage > 2:
             raise ValueError(
                 f"deepspeed={self.deepspeed} is ZeRO {self.zero_stage}, which would partition experts over ranks that "
-                f"don't hold the same ones (parallel.expert={ranks}); use ds_configs/zero0.json or expert=1"
+                f"don't hold the same ones (parallel.expert={ranks}); use ds_configs/zero2.json or expert=1"
+            )
+        if ranks > 1 and self.zero_stage == 1 and self.precision == "bf16":
+            raise ValueError(
+                f"deepspeed={self.deepspeed} is ZeRO 1, which in bf16 reports another gradient norm than the model's "
+                f"where ranks share out experts (parallel.expert={ranks}); use ds_configs/zero2.json or zero0.json"
             )
         if ranks > 1 and self.kernels.compile:
             raise ValueError(

@@ -137,7 +137,7 @@ class Parallel(Section):
     2022): norms and residual stream take 1/tensor of the memory, at the same traffic."""
     expert: Positive = 1
     """Data (and context) ranks that share out the experts of ``model.moe`` (Lepikhin et al. 2021): each holds
-    1/expert of them, and tokens travel to the ranks of their experts and back. ZeRO 0 only."""
+    1/expert of them, and tokens travel to the ranks of their experts and back. ZeRO 0 to 2."""
 
     def data(self, world_size: int) -> int:
         """Number of data-parallel replicas among ``world_size`` ranks."""

@@ -51,8 +51,8 @@ class Context:
         else:
             shard = nn.Parameter(self.source.shard(spec, axis)[own_experts(spec, self.mesh.expert)].clone())
         tag(shard, spec, axis)
-        if spec.of_experts and self.mesh.expert.size > 1:  # in DeepSpeed's words: not alike on all replicas
-            shard.allreduce, shard.group_name = False, EXPERTS  # type: ignore[attr-defined]
+        if spec.of_experts and self.mesh.expert.size > 1:
+            share_out(shard)
         return shard
 
     def optional(self, name: str) -> nn.Parameter | None:
@@ -66,6 +66,11 @@ def tag(shard: nn.Parameter, spec: Parameter, axis: Axis) -> None:
     # group spans the stages, so a replicated parameter counts on tensor rank 0 *of its stage*.
     counted = spec.partition_dim is not None or axis.rank == 0
     shard.tensor_model_parallel = shard.model_parallel = counted  # type: ignore[attr-defined]
+
+
+def share_out(shard: nn.Parameter) -> None:
+    """Tell DeepSpeed that a parameter isn't alike on all replicas, but on those of a group."""
+    shard.allreduce, shard.group_name = False, EXPERTS  # type: ignore[attr-defined]
 
 
 def shared_out(shard: nn.Parameter) -> bool:

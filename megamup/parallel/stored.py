@@ -54,7 +54,9 @@ class StoredWeights:
             shapes = {name: tuple(entry["shape"]) for name, entry in tensors.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise MegamupError(f"train.init={folder}: {MANIFEST} is not readable ({error}); {ADVICE}") from None
-        for name in files.keys() | inventory.keys():
+        if outside := [file for file in files.values() if Path(file).name != file]:
+            raise MegamupError(f"train.init={folder}: {outside[0]!r} is no file of this folder; {ADVICE}")
+        for name in sorted(files.keys() | inventory.keys()):
             there = shapes.get(name)
             wanted = inventory[name].shape if name in inventory else None
             if there != wanted:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import socket
 
 import deepspeed
 import torch
@@ -39,19 +38,14 @@ def local_rank() -> int:
 
 
 def set_meeting_place() -> None:
-    """MASTER_ADDR and MASTER_PORT, where the launcher has not set them: srun's own, or this host for one rank."""
-    if "MASTER_ADDR" not in os.environ and world_size() > 1:
+    """MASTER_ADDR and MASTER_PORT where srun has started the ranks, which sets neither."""
+    if "MASTER_ADDR" not in os.environ:
         nodes = os.environ.get("SLURM_STEP_NODELIST", "localhost")
         # The first of `a[03-07,9],b`: rank 0 runs there.
         first = re.sub(r"\[(\w+)[^]]*\].*", r"\1", nodes).split(",")[0]
         os.environ["MASTER_ADDR"] = first
         job = int(os.environ.get("SLURM_JOB_ID", 0)) + int(os.environ.get("SLURM_STEP_ID", 0))
         os.environ.setdefault("MASTER_PORT", str(20_000 + job % 20_000))
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    if "MASTER_PORT" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            os.environ["MASTER_PORT"] = str(free.getsockname()[1])
 
 
 def local_world_size() -> int:
@@ -66,7 +60,9 @@ def has_cuda() -> bool:
 
 def join() -> torch.device:
     """Join the world and return this rank's device: its CUDA device (NCCL), or the CPU (gloo)."""
-    set_meeting_place()
+    alone = world_size() == 1 and "MASTER_PORT" not in os.environ
+    if not alone:
+        set_meeting_place()
     found = {"RANK": rank(), "LOCAL_RANK": local_rank(), "WORLD_SIZE": world_size()}  # the last hides Slurm's names
     os.environ.update({name: str(value) for name, value in found.items()})
     cuda = has_cuda()
@@ -82,8 +78,11 @@ def join() -> torch.device:
     # DeepSpeed's shared-memory all-reduce serves inference only, and is built by a C++ compiler for over a minute
     # (or fails where there is none): training never calls it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "nccl" if cuda else "gloo"
     if not dist.is_initialized():
-        deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
+        if alone:  # nobody to meet: no port, which another process could have taken by now
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
     return torch.device("cuda", local_rank()) if cuda else torch.device("cpu")
 
 

@@ -179,7 +179,7 @@ class PipelinedEngine:
             )
         save_wired(module)
         self.deepspeed, self.clip = initialize(config, mesh, module, world_size, mpu=None)
-        if mesh.expert.size > 1:  # DeepSpeed's knows no experts but its own
+        if mesh.expert.size > 1 and config.zero_stage == 0:  # DeepSpeed's knows no experts but its own
             own = reductions(self.deepspeed, mesh)
             self.deepspeed.allreduce_gradients = lambda bucket_size: reduce_now(own)
         self.mesh, self.inputs = mesh, inputs(specs)
@@ -264,11 +264,11 @@ def initialize(
         clip = ClipByGlobalNorm(mesh, config.optim.grad_clip)
         optimizer.register_step_pre_hook(clip)
     keys = deepspeed_keys(config, world_size)
-    experts.announce(mesh)
-    with quiet():
+    with quiet(), experts.announced(module, mesh, partitioned=config.zero_stage > 0):
         engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=keys, mpu=mpu, dist_init_required=False
         )
+    engine.has_moe_layers = False  # its optimizer knows of experts; checkpoints are to be as without
     return engine, clip
 
 

@@ -15,8 +15,9 @@ from megamup.deepspeed_file import load_deepspeed, offloads_optimizer
 from megamup.errors import MegamupError
 from megamup.mup import table
 from megamup.parallel.collectives import all_reduce
-from megamup.parallel.layers import counted, shared_out, spec_of
+from megamup.parallel.layers import EXPERTS, counted, share_out, shared_out, spec_of
 from megamup.parallel.mesh import Mesh
+from megamup.parameters import parameters
 from megamup.scales import Scales
 
 GroupKey = tuple[float, tuple[float, float], float, float]
@@ -33,13 +34,15 @@ def parameter_groups(module: nn.Module, config: Config) -> list[dict[str, Any]]:
     parameter of some group gets a placeholder there: DeepSpeed drops empty groups and reduces norms group by group,
     so unequal counts would hang (DeepSpeed #1522).
     """
-    scales = table(config)
-    members: dict[GroupKey, list[nn.Parameter]] = {key: [] for key in sorted({group_key(s) for s in scales.values()})}
+    inventory, shares = parameters(config.model), config.parallel.expert > 1
+    # What isn't alike on all replicas is in groups of its own.
+    keys = {name: (shares and inventory[name].of_experts, group_key(at)) for name, at in table(config).items()}
+    members: dict[tuple[bool, GroupKey], list[nn.Parameter]] = {key: [] for key in sorted(set(keys.values()))}
     for shard in module.parameters():
-        members[group_key(scales[spec_of(shard).name])].append(shard)
-    for index, shards in enumerate(members.values()):
+        members[keys[spec_of(shard).name]].append(shard)
+    for index, ((of_experts, _), shards) in enumerate(members.items()):
         if not shards:
-            shards.append(placeholder(module, f"placeholder_{index}"))
+            shards.append(placeholder(module, f"placeholder_{index}", of_experts))
     constant = config.optim.decay_mode == "constant"
     return [
         {
@@ -50,16 +53,19 @@ def parameter_groups(module: nn.Module, config: Config) -> list[dict[str, Any]]:
             "eps": eps,
             "weight_decay": weight_decay,
             **({"decay_per_step": weight_decay * config.optim.lr * lr_scale} if constant else {}),
+            **({"moe": True, "name": EXPERTS} if of_experts else {}),  # as DeepSpeed has it
         }
-        for (lr_scale, betas, eps, weight_decay), shards in members.items()
+        for (of_experts, (lr_scale, betas, eps, weight_decay)), shards in members.items()
     ]
 
 
-def placeholder(module: nn.Module, name: str) -> nn.Parameter:
+def placeholder(module: nn.Module, name: str, of_experts: bool) -> nn.Parameter:
     """One zero without a gradient, counted in no norm."""
     zero = nn.Parameter(torch.zeros(1, device=next(module.parameters()).device))
     zero.tensor_model_parallel = zero.model_parallel = False  # type: ignore[attr-defined]
     zero.ds_pipe_replicated = True  # type: ignore[attr-defined]
+    if of_experts:
+        share_out(zero)
     module.register_parameter(name, zero)
     return zero
 

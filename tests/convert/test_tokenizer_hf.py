@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megamup.convert.hf.tokenizer import TokenizerFiles, copy_tokenizer, files_of, special_ids
-from megamup.data.tokenizer import ByteTokenizer, FileTokenizer, SentencePieceTokenizer
+from megamup.convert.hf.tokenizer import TokenizerFiles, copy_tokenizer, exported, files_of, special_ids
+from megamup.data.manifest import TokenizerEntry
+from megamup.data.shards import token_dtype
+from megamup.data.tokenizer import ByteTokenizer, FileTokenizer, SentencePieceTokenizer, store_tokenizer
 from megamup.data.tokenizer.huggingface import HuggingFaceTokenizer
 from megamup.data.tokenizer.probes import TEXTS
 from megamup.data.tokenizer.tiktoken import ENCODINGS, TiktokenTokenizer, encoding_json
 from megamup.data.tokenizer_training import train_byte_bpe, train_sentencepiece
+from megamup.data.writer import CorpusWriter
+from tests.convert import hf_cases
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -51,8 +56,23 @@ def test_transformers_reads_the_same_ids(name: str, tmp_path: Path) -> None:
         assert theirs.decode(ids) == text
 
 
+def test_the_corpus_names_its_tokenizer(tmp_path: Path) -> None:
+    own = tokenizers()["bpe"]
+    store_tokenizer(own, tmp_path / "corpus_tokenizer")
+    ids = own.encode("for x in y:")
+    with CorpusWriter(str(tmp_path / "corpus"), token_dtype(own.vocab_size)) as writer:
+        writer.add(ids.astype(token_dtype(own.vocab_size)), [len(ids)])
+        entry = TokenizerEntry(own.name, own.sha256, folder="corpus_tokenizer")
+        writer.finish(vocab_size=600, eod_id=own.eod_id, tokenizer=entry, text_bytes=11, text_words=4)
+    config = hf_cases.config_of(hf_cases.LLAMA, data={"train": str(tmp_path / "corpus")})
+    assert exported(config) == files_of(own, config.model.max_seq_len)
+    moved = hf_cases.config_of(hf_cases.LLAMA, data={"train": str(tmp_path / "elsewhere")})
+    assert exported(moved).files == {}
+    assert "the tokenizer isn't known" in exported(moved).notes[0]
+
+
 def test_what_has_no_such_file_is_said() -> None:
-    ranks = b"".join(b"%s %d\n" % (__import__("base64").b64encode(bytes([byte])), byte) for byte in range(256))
+    ranks = b"".join(b"%s %d\n" % (base64.b64encode(bytes([byte])), byte) for byte in range(256))
     own = TiktokenTokenizer("gpt2", ranks, encoding_json("gpt2", ENCODINGS["gpt2"]))
     found = files_of(own, 512)
     assert found.files == {}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from megamup.train import distributed
@@ -54,3 +57,20 @@ def test_srun_meets_at_the_first_node(monkeypatch: pytest.MonkeyPatch, nodes: st
     distributed.set_meeting_place()
     assert os.environ["MASTER_ADDR"] == first
     assert os.environ["MASTER_PORT"] == str(20_000 + 123456 % 20_000)
+
+
+ALONE = """
+import os, torch, torch.distributed as dist
+from megamup.train import distributed
+distributed.join()
+x = torch.ones(1)
+dist.all_reduce(x)
+print(int(x), dist.get_world_size(), "MASTER_PORT" in os.environ)
+"""
+
+
+def test_a_lone_rank_opens_no_port() -> None:
+    """Another process could take it between its choice and its use."""
+    done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["1", "1", "False"]

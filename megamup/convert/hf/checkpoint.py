@@ -16,6 +16,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -76,7 +77,7 @@ class CheckpointWeights(Mapping[str, Tensor]):
         if config.zero_stage:
             read = by_group
         self.shards = read(path / checkpoint.TAG, names, config)
-        if config.parallel.expert > 1:
+        if config.parallel.expert > 1 and not config.zero_stage:
             put_experts(path, self.shards)
         for tensor in range(config.parallel.tensor):
             if missing := self.inventory.keys() - self.shards[tensor].keys():
@@ -191,16 +192,16 @@ def by_layer(folder: Path, names: Names, config: Config) -> list[dict[str, Shard
 
 def put_experts(path: Path, shards: list[dict[str, Shard]]) -> None:
     """In place of the first replica's experts those of all ranks that share them out (train/experts.py)."""
-    parts: list[dict[str, list[Tensor]]] = [{} for _ in shards]
+    parts: list[dict[str, list[Shard]]] = [{} for _ in shards]
     for (_, tensor, _), file in matching(path, r"experts_pipeline(\d+)_tensor(\d+)_expert(\d+)\.pt"):
         for name, state in load(file).items():
-            parts[tensor].setdefault(name, []).append(state["weight"])
+            parts[tensor].setdefault(name, []).append(kept(state["weight"]))
     for tensor, found in enumerate(parts):
         shards[tensor] |= {name: joined(cut) for name, cut in found.items()}
 
 
-def joined(cut: list[Tensor]) -> Shard:
-    return lambda: torch.cat(cut)
+def joined(cut: list[Shard]) -> Shard:
+    return cut[0] if len(cut) == 1 else lambda: torch.cat([each() for each in cut])
 
 
 # ----------------------------------------------------------------------------- ZeRO 1-3
@@ -215,21 +216,26 @@ def by_group(folder: Path, names: Names, config: Config) -> list[dict[str, Shard
     described = r"mp_rank_(\d+)_model_states\.pt" if whole else r"zero_pp_rank_0_mp_rank_(\d+)_model_states\.pt"
     for (rank,), path in matching(folder, described):
         groups = load(path)["param_shapes"]
-        shards = of_groups(groups, optimizers[rank]) if whole else of_parts(groups, optimizers[rank])
+        of = partial(of_groups, names=names, experts=config.parallel.expert) if whole else of_parts
+        shards = of(groups, optimizers[rank])
         tensor = rank % config.parallel.tensor
         found[tensor] |= {names.modules[name]: shard for name, shard in shards.items() if name in names.modules}
     return found
 
 
-def of_groups(groups: list[Mapping[str, torch.Size]], ranks: list[Any]) -> dict[str, Shard]:
-    """ZeRO 1 and 2: a group's parameters are one vector, of which each rank has a part. By the module's names."""
-    found = {}
+def of_groups(groups: list[Mapping[str, torch.Size]], ranks: list[Any], names: Names, experts: int) -> dict[str, Shard]:
+    """ZeRO 1 and 2: a group's parameters are one vector, of which each rank has a part; of experts that ranks share
+    out there are several, each on every ``experts``-th rank. By the module's names."""
+    found: dict[str, Shard] = {}
     gaps = ranks[0].get("param_alignment_paddings")  # after each parameter, where there are any
     for number, group in enumerate(groups):
-        vector, start = [rank["single_partition_of_fp32_groups"][number] for rank in ranks], 0
+        parts = [rank["single_partition_of_fp32_groups"][number] for rank in ranks]
+        shared_out = any(".moe.experts." in names.modules.get(name, "") for name in group)
+        vectors = [parts[first::experts] for first in range(experts)] if shared_out else [parts]
+        start = 0
         for index, (name, shape) in enumerate(group.items()):
             size = math.prod(shape)
-            found[name] = stretch([vector], start, size, shape)
+            found[name] = joined([stretch([vector], start, size, shape) for vector in vectors])
             start += size + (gaps[number][index] if gaps else 0)
     return found
 

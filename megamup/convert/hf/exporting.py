@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +31,7 @@ class Exported:
     family: Family
     settings: dict[str, Any]
     """config.json."""
-    tensors: list[Made]
+    tensors: Sequence[Made]
 
 
 def export_run(run: str, output: Path, dtype: DTypeName = "float32") -> list[str]:

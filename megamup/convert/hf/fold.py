@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -134,7 +134,7 @@ def fold(
         return (whole.t() if entry.transposed else whole).contiguous()
 
     for entry in entries:
-        yield entry.theirs, lambda entry=entry: theirs(entry)  # type: ignore[misc]
+        yield entry.theirs, partial(theirs, entry)
 
 
 # ----------------------------------------------------------------------------- and in

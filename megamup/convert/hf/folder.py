@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -153,7 +153,7 @@ Made = tuple[str, int, Callable[[], Tensor]]
 """A tensor's name, its bytes, and how to compute it."""
 
 
-def shards(tensors: list[Made], limit: int) -> list[list[Made]]:
+def shards(tensors: Sequence[Made], limit: int) -> list[list[Made]]:
     """In order, as many in a file as fit; one that is larger has a file of its own."""
     found: list[list[Made]] = [[]]
     size = 0
@@ -166,7 +166,7 @@ def shards(tensors: list[Made], limit: int) -> list[list[Made]]:
     return found
 
 
-def write_tensors(folder: Path, stem: str, tensors: list[Made], limit: int) -> dict[str, str]:
+def write_tensors(folder: Path, stem: str, tensors: Sequence[Made], limit: int) -> dict[str, str]:
     """Write ``STEM.safetensors``, or ``STEM-00001-of-0000N.safetensors`` and the others, one at a time in memory.
 
     Returns:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ class Imported:
     config: Config
     vocab_size: int
     """Theirs; the config's may be larger."""
-    weights: list[Made]
+    weights: Sequence[Made]
     notes: list[str]
 
 
@@ -93,20 +93,13 @@ def convert(theirs: ModelFolder, overrides: Sequence[str] = (), where: Mapping[s
         entries = without_biases(entries, theirs.settings)
     check_tensors(family, entries, shapes(entries, inventory), tensors, notes)
     factor = factors(config, family.own_scales(own, theirs.settings))
-    made_of, whole = parts(entries, inventory), parameters(config.model)
+    made_of = parts(entries, inventory)
     if zero := [name for name in inventory if name not in made_of]:
-        notes.append(
-            f"{family.name} has no {zero[0]}{f' and {len(zero) - 1} more' if zero[1:] else ''}: zeros, trained"
-        )
-    weights: list[Made] = []
-    for name, parameter in whole.items():
-        pieces, size = made_of.get(name, []), 4 * math.prod(parameter.shape)
-        one, factor_ = parameter, factor[name]
-
-        def compute(one: Parameter = one, pieces: list[Part] = pieces, factor_: float = factor_) -> Tensor:
-            return weight(one, pieces, factor_, tensors)
-
-        weights.append((name, size, compute))
+        notes.append(f"{family.name} has no {listed(zero)}: zeros, which are trained")
+    weights = [
+        (name, 4 * parameter.size, partial(weight, parameter, made_of.get(name, []), factor[name], tensors))
+        for name, parameter in parameters(config.model).items()
+    ]
     return Imported(values, config, rows, weights, notes)
 
 
@@ -157,7 +150,7 @@ def settings(
 ) -> dict[str, Any]:
     """The values of config.yaml."""
     values: dict[str, Any] = {"model": section | {"vocab_size": rows}, **where}
-    if objective := objective_of(family, theirs):
+    if objective := objective_of(family, theirs, notes):
         values["objective"] = objective
     given: dict[str, Any] = {}
     for override in overrides:
@@ -181,9 +174,16 @@ def settings(
     return values
 
 
-def objective_of(family: Family, theirs: ModelFolder) -> dict[str, Any]:
+SPECIAL = {"bert": ("[MASK]", "mask_id"), "t5": ("<extra_id_0>", "first_sentinel")}
+"""The token that the architecture's own objective needs, and the key that names its id."""
+
+
+def objective_of(family: Family, theirs: ModelFolder, notes: list[str]) -> dict[str, Any]:
     """Ids of what the model was trained to predict, where its files tell."""
     ids = tokenizer.special_ids(theirs.folder)
+    token, key = SPECIAL.get(family.model_type, ("", ""))
+    if token and token not in ids:
+        notes.append(f"{theirs.folder}: no file tells the id of {token}; give objective.{key} if it isn't the highest")
     if family.model_type == "bert":
         tokens = {"mask_id": "[MASK]"}
         if family.name == "BertForPreTraining":

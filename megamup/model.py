@@ -47,7 +47,7 @@ class Moe(Section):
     shared: NonNegative = 0
     """Experts that every token goes to besides (Dai et al. 2024, DeepSeekMoE)."""
     d_expert: Positive | None = None
-    """Inner width of one expert; default ``model.d_ff``."""
+    """Inner width of one expert; default ``model.d_ff``. Its growth over the base's is taken to be ``d_ff``'s."""
     every: Positive = 1
     """Every k-th block has experts, the last of each k; the others an MLP."""
     normalize: bool = True

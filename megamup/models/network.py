@@ -67,7 +67,7 @@ class Network(nn.Module):
         for call, spec in body:
             stream[spec.writes] = call(*(stream[name] for name in spec.reads))
         found = read(*(stream[name] for name in last.reads), labels=labels)
-        return found.logits() if isinstance(found, Unread) else found  # type: ignore[no-any-return]
+        return found.logits() if isinstance(found, Unread) else found
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import re
 import deepspeed
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from megamup.train.host_memory import keep_freed_memory
 
@@ -81,7 +82,7 @@ def join() -> torch.device:
     backend = "nccl" if cuda else "gloo"
     if not dist.is_initialized():
         if alone:  # nobody to meet: no port, which another process could have taken by now
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
     return torch.device("cuda", local_rank()) if cuda else torch.device("cpu")
 

@@ -112,6 +112,9 @@ def fp8_lacks(config: Config) -> str | None:
         "data.seq_len · batch.micro_sequences (1 where it is not set) / parallel.context": config.seq_len
         * (config.batch.micro_sequences or 1)
         // config.parallel.context,
+        "objective.decoder_len · batch.micro_sequences (1 where it is not set) / parallel.context": config.decoder_len
+        * (config.batch.micro_sequences or 1)
+        // config.parallel.context,
     }
     for key, side in sides.items():
         if side % FP8_MULTIPLE:

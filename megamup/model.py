@@ -37,6 +37,16 @@ class RopeScaling(Section):
     high_freq_factor: PositiveFloat = 4.0
     """llama3: as ``beta_fast``."""
 
+    @model_validator(mode="after")
+    def check_ends(self) -> RopeScaling:
+        if self.kind == "yarn" and self.beta_fast <= self.beta_slow:
+            raise ValueError(f"beta_fast={self.beta_fast:g} is no more than beta_slow={self.beta_slow:g}")
+        if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor={self.high_freq_factor:g} is no more than low_freq_factor={self.low_freq_factor:g}"
+            )
+        return self
+
 
 class Moe(Section):
     """Mixture of experts in place of the MLP (Shazeer et al. 2017): each token goes to a few of many MLPs."""
@@ -167,10 +177,29 @@ class Model(Section):
             raise ValueError(f"n_decoder_layers={self.n_decoder_layers} has no effect with arch={self.arch}")
         if self.pair_head and self.token_types < 2:
             raise ValueError(f"pair_head=true needs two token types, token_types is {self.token_types}")
+        if self.rope_theta != 10_000 and self.positions != "rotary":
+            raise ValueError(
+                f"rope_theta={self.rope_theta:g} has no effect with positions={self.positions}; set positions=rotary"
+            )
         if self.rope_scaling and self.positions != "rotary":
             raise ValueError(f"rope_scaling has no effect with positions={self.positions}; set positions=rotary")
         if self.global_every and not self.window:
             raise ValueError(f"global_every={self.global_every} has no effect without window")
+        for key in ("relative_buckets", "relative_distance"):
+            if self.positions != "relative" and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} has no effect with positions={self.positions}; set positions=relative")
+        if self.window and not self.causal:
+            raise ValueError(
+                f"window={self.window} counts the latest positions, but an encoder sees later ones too; leave it out "
+                f"with arch={self.arch}"
+            )
+        if self.moe is not None and self.moe.every > max(self.n_layers, self.n_decoder_layers or 0):
+            raise ValueError(f"moe.every={self.moe.every} is more than the blocks of a stack: none would have experts")
+        if self.positions == "relative" and self.relative_distance <= self.relative_buckets // 2:
+            raise ValueError(
+                f"relative_distance={self.relative_distance} is within the {self.relative_buckets // 2} distances that "
+                f"have one of relative_buckets={self.relative_buckets} each; expected a longer one, or fewer buckets"
+            )
         if self.arch == "t5" and (self.norm_place == "after" or self.positions not in ("relative", "none")):
             raise ValueError(
                 f"arch=t5 with norm_place={self.norm_place}, positions={self.positions}: expected norm_place=before "

@@ -39,7 +39,7 @@ class Base(Section):
     """Default: ``d_model / n_heads`` where the base gives ``n_heads`` and the model's heads fill d_model too, else the
     model's (more heads of the same size)."""
     n_layers: Positive | None = None
-    """Depth of the proxy: the ratio of ``mup.depth``'s rules."""
+    """Depth of the proxy: the ratio of ``mup.depth``'s rules. t5's decoder is taken to grow by the same ratio."""
     batch_tokens: Positive | None = None
     """Tokens in a global batch of the proxy (the table's b)."""
     tokens: Positive | None = None
@@ -190,9 +190,9 @@ class Kernels(Section):
     """``torch``: its fused AdamW; ``deepspeed``: FusedAdam on CUDA, DeepSpeedCPUAdam where the optimizer's state is on
     the host (ZeRO offload, or no GPU)."""
     matmul: Literal["torch", "fp8"] = "torch"
-    """``fp8``: products of the blocks' linear layers in 8-bit floats, each tensor scaled by its largest element at each
-    use (torchao's ``tensorwise`` recipe); needs ``precision: bf16`` and an Ada or Hopper GPU or later. A CPU emulates
-    it: the same numbers, no faster."""
+    """``fp8``: products of the blocks' linear layers, experts' left out, in 8-bit floats, each tensor scaled by its
+    largest element at each use (torchao's ``tensorwise`` recipe); needs ``precision: bf16`` and an Ada or Hopper GPU or
+    later. A CPU emulates it: the same numbers, no faster."""
     compile: bool = False
     """Compile each block as a region of its own (torch.compile): one graph for all layers, fixed shapes. Costs a minute
     at the first start; kept between runs."""

@@ -153,6 +153,18 @@ def test_frozen() -> None:
         (["precision=fp16"], ["precision='fp16'", "fp32", "bf16"]),
         (["model.arch=rnn"], ["model.arch='rnn'", "gpt", "llama", "bert", "t5"]),
         (["optim=3"], ["optim=3", "dictionary"]),
+        (["model.arch=bert", "model.window=4"], ["window=4", "an encoder sees later ones too", "arch=bert"]),
+        (["model.arch=t5", "model.window=4", "model.vocab_size=512"], ["window=4", "arch=t5"]),
+        (
+            ["model.rope_scaling={kind: llama3, factor: 8, original_max_seq_len: 16, low_freq_factor: 4}"],
+            ["high_freq_factor=4 is no more than low_freq_factor=4"],
+        ),
+        (["model.moe={experts: 2, every: 5}"], ["moe.every=5", "none would have experts"]),
+        (["model.relative_buckets=16"], ["relative_buckets has no effect with positions=rotary"]),
+        (
+            ["model.positions=relative", "model.relative_distance=16"],
+            ["relative_distance=16", "relative_buckets=32", "expected a longer one"],
+        ),
     ],
 )
 def test_a_wrong_value_is_one_message(overrides: list[str], parts: list[str]) -> None:

@@ -133,11 +133,11 @@ def put_base(draft: Draft, model: Model, proxy: Proxy) -> None:
         if model.n_kv_heads != model.n_heads:
             draft.put("mup.base.n_kv_heads", kv_heads, f"derived: model.n_kv_heads · {share}")
     else:
-        if d_head is None or (model.arch == "llama" and d_head % 2):  # rotary positions turn pairs
+        if d_head is None or (model.positions == "rotary" and d_head % 2):  # rotary positions turn pairs
             raise MegamupError(
                 f"-d_base {d_base}: neither the number of heads (model.n_heads={model.n_heads}, n_kv_heads="
                 f"{model.n_kv_heads}) nor their size (model.d_head={model.d_head}) times {share} is a whole "
-                f"{'(and, as a size, even) ' if model.arch == 'llama' else ''}number; {ADVICE}"
+                f"{'(and, as a size, even) ' if model.positions == 'rotary' else ''}number; {ADVICE}"
             )
         draft.put("mup.base.n_heads", model.n_heads, f"as in the model: its heads of {model.d_head} don't fit")
         if model.n_kv_heads != model.n_heads:

@@ -231,9 +231,10 @@ def check_different(key: str, corpora: Sequence[Corpus]) -> None:
     for corpus in corpora:
         other = seen.setdefault(corpus.stream_sample, corpus)
         if other is not corpus:
+            weights = ", and give the other the sum of their weights" if key == "data.train" else ""
             raise MegamupError(
                 f"{key}: {other.prefix!r} and {corpus.prefix!r} hold the same tokens; expected each corpus once: leave "
-                "one out, and give the other the sum of their weights"
+                f"one out{weights}"
             )
 
 

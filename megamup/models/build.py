@@ -33,9 +33,14 @@ def context(config: Config, mesh: Mesh, device: str = "cpu") -> Context:
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     kernels = choose(config, device)
     _, accumulated = micro_batches(config, mesh.data.size * config.parallel.replica_ranks)
-    inventory, init = parameters(config.model), config.train.init
-    source = None if init is None else StoredWeights.open(Path(init), inventory)
+    inventory, source = parameters(config.model), stored_weights(config)
     return Context(inventory, table(config), config.run.seed, mesh, dtype, kernels, accumulated, source)
+
+
+def stored_weights(config: Config) -> StoredWeights | None:
+    """The folder of ``train.init``, None where weights are drawn. Raises MegamupError as `StoredWeights.open`."""
+    init = config.train.init
+    return None if init is None else StoredWeights.open(Path(init), parameters(config.model))
 
 
 def model_layers(built_from: Context, config: Config, loss: CrossEntropy) -> list[LayerSpec]:

@@ -91,7 +91,8 @@ class Wires:
         if self.after == (self.writes,):
             return output
         # Views of what passes by: DeepSpeed runs backward from a stage's outputs, which are not to be its inputs.
-        passed = {name: value.view_as(value) for name, value in stream.items()}
+        # What has no gradient stays the object it is, by which attention finds the masks that it has made of documents.
+        passed = {name: value.view_as(value) if value.is_floating_point() else value for name, value in stream.items()}
         passed[self.writes] = output
         return tuple(passed[name] for name in self.after)
 

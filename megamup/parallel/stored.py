@@ -47,6 +47,7 @@ class StoredWeights:
         Raises:
             MegamupError: no such folder, or weights of another model; says which parameter.
         """
+        safetensors()  # missing, it is missed now
         path = folder / MANIFEST
         try:
             tensors = json.loads(path.read_text(encoding="utf-8"))["tensors"]

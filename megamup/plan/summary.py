@@ -27,7 +27,7 @@ def base_model(config: Config) -> Model:
     model, base, at = config.model, config.mup.base, ratios(config)
     d_model = base.d_model or model.d_model
     n_heads = base.n_heads or max(1, round(model.n_heads * d_model / model.d_model))
-    changed = {
+    changed: dict[str, Any] = {
         "d_model": d_model,
         "n_heads": n_heads,
         "n_kv_heads": base.n_kv_heads or max(1, n_heads * model.n_kv_heads // model.n_heads),
@@ -37,6 +37,9 @@ def base_model(config: Config) -> Model:
     }
     if model.n_decoder_layers is not None:
         changed["n_decoder_layers"] = max(1, round(model.n_decoder_layers * changed["n_layers"] / model.n_layers))
+    if model.moe is not None and model.moe.d_expert is not None:
+        inner = max(1, round(model.moe.d_expert * changed["d_ff"] / model.d_ff))
+        changed["moe"] = model.moe.model_dump() | {"d_expert": inner}
     return Model.model_validate(model.model_dump() | changed)
 
 

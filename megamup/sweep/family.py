@@ -55,13 +55,16 @@ class Family:
         base, tensor = self.config.model, self.config.parallel.tensor
         growth, rest = divmod(base.d_ff * self.step, base.d_model)
         unit = math.lcm(math.gcd(base.d_ff, 16, 0 if rest else growth), tensor)  # exact wherever it can be
-        shape = {
+        shape: dict[str, Any] = {
             "d_model": width,
             "n_heads": base.n_heads * width // base.d_model,
             "n_kv_heads": base.n_kv_heads * width // base.d_model,
             "d_ff": max(1, round(base.d_ff * width / base.d_model / unit)) * unit,
             "n_layers": base.n_layers if self.aspect is None else max(1, round(width / self.aspect)),
         }
+        if base.moe is not None and base.moe.d_expert is not None:  # as d_ff
+            inner = max(1, round(base.moe.d_expert * width / base.d_model / tensor)) * tensor
+            shape["moe"] = base.moe.model_dump() | {"d_expert": inner}
         if base.n_decoder_layers is not None:  # in proportion
             shape["n_decoder_layers"] = max(1, round(base.n_decoder_layers * shape["n_layers"] / base.n_layers))
         return Model.model_validate(base.model_dump() | shape)

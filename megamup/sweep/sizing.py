@@ -157,6 +157,8 @@ def rung(ladder: AnyLadder, family: Family, point: Point, corpus_tokens: int) ->
     shape = ("n_layers", "n_heads", "n_kv_heads", "d_head", "d_ff")
     derived = {
         **{f"model.{key}": getattr(model, key) for key in shape},
+        **({} if model.n_decoder_layers is None else {"model.n_decoder_layers": model.n_decoder_layers}),
+        **({} if model.moe is None or model.moe.d_expert is None else {"model.moe.d_expert": model.moe.d_expert}),
         "train.log_every": max(1, steps // ladder.logs),
         "train.eval_every": max(1, steps // ladder.evaluations) if ladder.evaluations else 0,
         "schedule.warmup_steps": round(ladder.warmup * steps),

@@ -20,6 +20,7 @@ from megamup.config import Config
 from megamup.data.cache import default_folder
 from megamup.models.blocks import Block
 from megamup.parallel.loss import CrossEntropy
+from megamup.parameters import stacks
 
 VARIANTS = 8
 """Graphs that blocks may differ in beyond one a layer: evaluation has no gradients, and a last batch may be smaller."""
@@ -32,7 +33,7 @@ def compile_blocks(module: nn.Module, config: Config) -> None:
     """
     keep_in(cache_folder(config))
     # u-μP's residual factors, and recomputing every k-th block, make layers differ; evaluation has graphs of its own.
-    graphs = 4 * config.model.n_layers + VARIANTS
+    graphs = 4 * sum(stack.layers for stack in stacks(config.model)) + VARIANTS
     torch._dynamo.config.recompile_limit = graphs
     torch._dynamo.config.accumulated_recompile_limit = max(256, graphs)
     set_compilation_metrics_limit(2 * graphs)  # else torch forgets the seconds of all but the last 64

@@ -16,6 +16,7 @@ from megamup.data.loader import BatchStream
 from megamup.data.mixture import RunData, open_run_data
 from megamup.errors import MegamupError, OneRankError
 from megamup.kernels.choice import choose
+from megamup.models.build import stored_weights
 from megamup.mup import table
 from megamup.parallel.mesh import Mesh, build_mesh
 from megamup.train import checkpoint, distributed, run_folder
@@ -66,6 +67,7 @@ def train(config: Config) -> dict[str, float]:
     device_type = "cuda" if distributed.has_cuda() else "cpu"
     adamw_backend(config, device_type)  # what can't run here, likewise
     choose(config, device_type)
+    stored_weights(config)
     data = open_run_data(config)
     resumed = run_folder.resume_point(config, world_size, consumed.record(config, data))
     consumed.check_files(config.run.folder, data)

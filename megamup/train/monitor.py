@@ -107,7 +107,7 @@ class Monitor:
                 yield first_forward(module, self.see_logits)
             elif isinstance(module, Router) and self.mesh.tensor.rank == 0:  # alike on all tensor ranks
                 yield first_forward(module, self.see_router)
-            elif getattr(module, "name", None) in self.stream and own_stream:
+            elif getattr(module, "name", None) in self.stream and own_stream and not again(module):
                 yield first_forward(module, self.see_stream)
 
     def see_attention(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -169,6 +169,11 @@ def stream(model: Model) -> dict[str, str]:
         if model.norm_place == "before":
             found[f"{stack.prefix}final_norm"] = f"{stack.prefix}final_norm"
     return found
+
+
+def again(module: nn.Module) -> bool:
+    """A copy, on a later stage, of a module that stages share: of t5's embedding, which its decoder reads too."""
+    return any(getattr(shard, "ds_pipe_replicated", False) for shard in module.parameters(recurse=False))
 
 
 Seen = Callable[[nn.Module, tuple[Any, ...], Tensor], None]

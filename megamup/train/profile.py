@@ -131,6 +131,8 @@ def axes(mesh: Mesh) -> dict[tuple[int, ...], str]:
         "pipeline": mesh.pipeline,
         "data": mesh.data,
         "data x context": mesh.replicas,
+        "expert": mesh.expert,
+        "replicas of experts": mesh.holders,
         "model": mesh.model,
     }
     found = {tuple(range(dist.get_world_size())): "all ranks"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ import pytest
 import torch
 
 from megamup.config import Config
-from megamup.convert.hf.checkpoint import CheckpointWeights, find
+from megamup.convert.hf.checkpoint import CheckpointWeights, load
 from megamup.convert.hf.exporting import export_run
 from megamup.errors import MegamupError
 from megamup.models.build import build_network
 from megamup.parallel.layers import spec_of
+from megamup.train import checkpoint
 from megamup.train.fork import run_ranks
 from megamup.train.loop import train
 from tests.convert import hf_cases
@@ -55,7 +57,7 @@ def layout(tensor: int, pipeline: int, zero: int, precision: str = "fp32") -> li
 
 
 def held(config: Config) -> dict[str, torch.Tensor]:
-    _, path = find(config.run.folder, None)
+    _, _, path = checkpoint.named(str(config.run.folder))
     return dict(CheckpointWeights(config, path))
 
 
@@ -124,13 +126,28 @@ def test_a_step_by_its_number(make_config: Any, tmp_path: Path) -> None:
     read = [(tmp_path / f"export{at}" / "model.safetensors").read_bytes() for at in ("@1", "@2")]
     assert len(read[0]) == len(read[1])
     assert read[0] != read[1]
-    for run, message in {f"{folder}@3": "there are 1, 2", str(tmp_path / "no"): "no such config file"}.items():
+    for run, message in {f"{folder}@3": "there are 1, 2", str(tmp_path / "no"): "no config.yaml there"}.items():
         with pytest.raises(MegamupError, match=message):
             export_run(run, tmp_path / "nothing")
     shutil.rmtree(config.run.folder / "checkpoints" / "step-00000002" / "state")
     with pytest.raises(MegamupError, match="found no file"):
         export_run(folder, tmp_path / "nothing")
     assert not list(tmp_path.glob("*nothing*"))
+
+
+class Code:
+    """A pickle of it runs code where it is read."""
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("ran",)
+
+
+def test_no_code_of_a_checkpoint_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"module": Code()}, "mp_rank_00_model_states.pt")
+    with pytest.raises(MegamupError, match=r"mp_rank_00_model_states.pt: holds posix.mkdir; expected"):
+        load(Path("mp_rank_00_model_states.pt"))
+    assert not Path("ran").exists()
 
 
 def test_tokenizer_files_of_the_corpus(make_config: Any, tmp_path: Path) -> None:

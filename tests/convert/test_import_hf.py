@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import warnings
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from megamup.config import Config, load_config
 from megamup.convert.hf import exporting
+from megamup.convert.hf.families import FAMILIES, Family
 from megamup.convert.hf.importing import import_folder
 from megamup.convert.hf.tokenizer import TokenizerFiles
 from megamup.errors import MegamupError
@@ -184,6 +186,15 @@ def test_files_in_pieces_and_in_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (logits - hf_cases.their_logits(again, inputs)).abs().max() <= 1e-4
 
 
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_a_key_that_is_left_out_means_the_default_of_the_class(family: Family) -> None:
+    whole = transformers.AutoConfig.for_model(family.model_type).to_dict()
+    expected = family.section(whole)
+    for key in whole:
+        with contextlib.suppress(MegamupError):  # a size that has to be there
+            assert family.section({other: whole[other] for other in whole if other != key}) == expected, key
+
+
 def test_ids_that_the_files_tell(tmp_path: Path) -> None:
     random_model("t5", tmp_path / "t5")
     (tmp_path / "t5" / "tokenizer.json").write_text('{"added_tokens": [{"id": 90, "content": "<extra_id_0>"}]}')
@@ -193,6 +204,9 @@ def test_ids_that_the_files_tell(tmp_path: Path) -> None:
     random_model("bert", tmp_path / "bert")
     (tmp_path / "bert" / "vocab.txt").write_text("[PAD]\n[UNK]\n[MASK]\n")
     assert imported(tmp_path / "bert", tmp_path / "masked").objective.mask_id == 2
+    (tmp_path / "bert" / "vocab.txt").unlink()
+    change(tmp_path / "bert" / "config.json", mask_token_id=3)  # as export writes it
+    assert imported(tmp_path / "bert", tmp_path / "again").objective.mask_id == 3
 
 
 # ----------------------------------------------------------------------------- bad input
@@ -249,6 +263,9 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "index": (index_of_another, "a is not in one.safetensors"),
     "cut short": (cut_short, "not readable as safetensors"),
     "header": (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 100), "not readable as safetensors"),
+    "types": (lambda f: change(f / "config.json", activation_function=[]), "activation_function=[]"),
+    "size": (lambda f: change(f / "config.json", n_head="4"), "n_head='4'; expected a whole number"),
+    "kind of architecture": (lambda f: change(f / "config.json", architectures=1), "architectures=1"),
     "json": (lambda f: (f / "config.json").write_text("{"), "not readable as JSON"),
 }
 

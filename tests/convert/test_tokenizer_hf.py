@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from megamup.data.tokenizer.probes import TEXTS
 from megamup.data.tokenizer.tiktoken import ENCODINGS, TiktokenTokenizer, encoding_json
 from megamup.data.tokenizer_training import train_byte_bpe, train_sentencepiece
 from megamup.data.writer import CorpusWriter
+from megamup.errors import MegamupError
 from tests.convert import hf_cases
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -66,6 +68,13 @@ def test_the_corpus_names_its_tokenizer(tmp_path: Path) -> None:
         writer.finish(vocab_size=600, eod_id=own.eod_id, tokenizer=entry, text_bytes=11, text_words=4)
     config = hf_cases.config_of(hf_cases.LLAMA, data={"train": str(tmp_path / "corpus")})
     assert exported(config) == files_of(own, config.model.max_seq_len)
+    other = tokenizers()["unigram"]
+    shutil.rmtree(tmp_path / "corpus_tokenizer")
+    store_tokenizer(other, tmp_path / "corpus_tokenizer")
+    with pytest.raises(MegamupError, match="holds another tokenizer"):
+        exported(config)
+    shutil.rmtree(tmp_path / "corpus_tokenizer")
+    assert (exported(config).eod_id, exported(config).files) == (own.eod_id, {})
     moved = hf_cases.config_of(hf_cases.LLAMA, data={"train": str(tmp_path / "elsewhere")})
     assert exported(moved).files == {}
     assert "the tokenizer isn't known" in exported(moved).notes[0]

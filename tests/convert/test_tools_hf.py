@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from megamup.config import Config, load_config
-from megamup.convert.hf.checkpoint import CheckpointWeights, find
+from megamup.convert.hf.checkpoint import CheckpointWeights
 from megamup.parallel.layers import spec_of
+from megamup.train import checkpoint
 from megamup.train.fork import run_ranks
 from megamup.train.loop import start, train
 
@@ -86,7 +87,7 @@ def test_import_train_export(
     settings = json.loads((tmp_path / "export" / "config.json").read_text())
     theirs = getattr(transformers, settings["architectures"][0]).from_pretrained(tmp_path / "export")
     assert theirs.dtype == torch.bfloat16
-    trained = CheckpointWeights(config, find(run, None)[1])["embedding.token"]
+    trained = CheckpointWeights(config, checkpoint.named(str(run))[2])["embedding.token"]
     assert trained.shape == (VOCAB, 32)
     (before,) = (weights["embedding.token"] for weights in run_ranks(initial, 1, alone))
     assert 0 < abs(trained.numpy() - before).max() < 0.05

@@ -181,6 +181,10 @@ def test_the_default_compiles_as_one_graph(make_config: MakeConfig) -> None:
         (["kernels.attention=flash_attn"], "precision is fp32"),
         (["kernels.mlp=liger", "model.d_ff=65600"], "65600"),
         (["kernels.matmul=fp8", "precision=bf16", "model.d_ff=168", "parallel.tensor=2"], "parallel.tensor is 84"),
+        (
+            ["kernels.matmul=fp8", "precision=bf16", "model.arch=t5", "model.vocab_size=512"],
+            "objective.decoder_len · batch.micro_sequences (1 where it is not set) / parallel.context is 28",
+        ),
     ],
 )
 def test_what_no_machine_can_is_told_from_the_config(

@@ -125,6 +125,13 @@ def test_experts_that_a_token_meets_are_said(config_file: Path, capsys: pytest.C
     assert "blocks.0-2 of 2.mlp.up.weight" in said
 
 
+def test_the_base_s_experts_are_as_narrow_as_its_mlp(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = ["mup.base.d_model=32", "mup.base.n_heads=2", "mup.base.d_ff=80"]
+    given = planned(capsys, config_file, "model.moe={experts: 4, d_expert: 160}", *base)
+    alike = planned(capsys, config_file, "model.moe={experts: 4}", *base)
+    assert given["base_parameters"] == alike["base_parameters"]
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_bytes_of_zero_stages(

@@ -114,6 +114,15 @@ def test_depth_grows_with_width_by_the_aspect() -> None:
         assert config.model.n_layers == round(config.model.d_model / 24)
 
 
+def test_a_decoder_s_depth_and_an_expert_s_width_grow_along() -> None:
+    override = "model={arch: t5, n_decoder_layers: 4, moe: {experts: 2, d_expert: 24}}"
+    for config in configs(expand("deeper", override), override):
+        model = config.model
+        assert model.moe is not None
+        assert model.n_decoder_layers == 2 * model.n_layers
+        assert model.moe.d_expert == model.d_model // 2
+
+
 def test_widths_are_in_equal_ratios_and_see_the_same_tokens() -> None:
     found = configs(expand("equal", budget=1e17, span=4))
     widths = [config.model.d_model for config in found]

@@ -80,6 +80,13 @@ def test_missing_shard_is_found_before_any_process_group(make_config: Any, tmp_p
     assert not dist.is_initialized()
 
 
+def test_missing_initial_weights_are_found_before_any_process_group(make_config: Any, tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    with pytest.raises(MegamupError, match=r"nowhere: weights\.json is not readable"):
+        train(make_config(f"train.init={tmp_path / 'nowhere'}"))
+    assert not dist.is_initialized()
+
+
 def test_token_beyond_the_vocabulary_names_shard_and_place(make_config: Any, tmp_path: Path) -> None:
     """A foreign shard without a manifest is checked as it is read, on the rank that reads it."""
     ids = np.full(20_000, 7, dtype=np.uint16)

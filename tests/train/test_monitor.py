@@ -58,6 +58,18 @@ def references() -> dict[str, list[dict[str, float]]]:
     return {}
 
 
+def test_an_embedding_that_stages_share_is_measured_once(make_config: Any, read_metrics: Any) -> None:
+    """t5 with its decoder on the second stage, which embeds that stack's tokens with a copy of the first one's."""
+    model = ("model.arch=t5", "model.vocab_size=272", "objective.sentinels=8", "model.n_layers=3")
+    found = []
+    for pipeline in (1, 2):
+        config = make_config(*model, "model.n_decoder_layers=1", *layout(1, pipeline, 1, 0), f"run.name={pipeline}")
+        run_ranks(train, pipeline, config)
+        found.append([monitored(record) for record in read_metrics(config)])
+    for alone, cut in zip(*found, strict=True):
+        assert cut == pytest.approx(alone, rel=1e-4)
+
+
 @pytest.mark.parametrize("arch", ["gpt", "llama"])
 @pytest.mark.parametrize(("tensor", "pipeline", "data", "zero"), LAYOUTS)
 def test_every_layout_reports_the_same(

@@ -13,6 +13,7 @@ share out experts. Files are mapped into memory, so that only what is asked for 
 from __future__ import annotations
 
 import math
+import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -21,6 +22,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 
 from megamup.config import Config
@@ -34,31 +38,6 @@ from megamup.sections import Kernels, Parallel
 from megamup.train import checkpoint
 
 Shard = Callable[[], Tensor]
-
-
-def steps(folder: Path) -> dict[int, Path]:
-    """The whole checkpoints of a run's folder by step."""
-    found = {}
-    for path in sorted((folder / "checkpoints").glob("step-*")):
-        if match := re.fullmatch(r"step-(\d+)", path.name):
-            found[int(match[1])] = path
-    return found
-
-
-def find(folder: Path, step: int | None) -> tuple[int, Path]:
-    """A run's checkpoint after ``step``, default the last one.
-
-    Raises:
-        MegamupError: there is none; says which there are.
-    """
-    found = steps(folder)
-    if not found:
-        raise MegamupError(f"{folder}: no checkpoints there; expected a run's folder, with train.save_every set")
-    if step is None:
-        return max(found.items())
-    if step not in found:
-        raise MegamupError(f"{folder}@{step}: no checkpoint of this step; there are {', '.join(map(str, found))}")
-    return step, found[step]
 
 
 class CheckpointWeights(Mapping[str, Tensor]):
@@ -146,15 +125,23 @@ def global_names(module: torch.nn.Module) -> dict[str, str]:
 
 # ----------------------------------------------------------------------------- ZeRO 0
 
+KNOWN: list[Any] = [LossScaler, ZeroStageEnum, fragment_address]
+"""Classes of DeepSpeed's in its optimizers' files."""
+
 
 def load(path: Path) -> Any:
-    """A file of DeepSpeed's: a pickle of our own making, mapped into memory.
+    """A file of DeepSpeed's, mapped into memory; of its pickle nothing runs but tensors, plain values and `KNOWN`.
 
     Raises:
-        MegamupError: it can't be read.
+        MegamupError: it can't be read, or holds something else.
     """
     try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+        with torch.serialization.safe_globals(KNOWN):
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"holds {found[1]}" if found else "is damaged"
+        raise MegamupError(f"{path}: {what}; expected the tensors and plain values of a run's checkpoint") from None
     except (OSError, RuntimeError, EOFError, ValueError) as error:
         raise MegamupError(f"{path}: not readable ({str(error).splitlines()[0]})") from None
 

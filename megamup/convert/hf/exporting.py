@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from megamup.config import Config, load_config
-from megamup.convert.hf.checkpoint import CheckpointWeights, find
+from megamup.convert.hf.checkpoint import CheckpointWeights
 from megamup.convert.hf.families import Family, family_of
 from megamup.convert.hf.fold import factors, fold, shapes
 from megamup.convert.hf.folder import INDEX, SHARD_BYTES, Made, read_json, whole_folder, write_tensors
 from megamup.convert.hf.tokenizer import TokenizerFiles, exported
 from megamup.parallel.stored import MANIFEST
+from megamup.train import checkpoint
 
 DTypeName = Literal["float32", "bfloat16"]
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -41,28 +42,19 @@ def export_run(run: str, output: Path, dtype: DTypeName = "float32") -> list[str
         MegamupError: no such run or step, a model that no class computes, a multiplier that can't be folded, a
             checkpoint that is cut short, or ``output`` is there.
     """
-    folder, step = split(run)
+    folder, step, path = checkpoint.named(run)
     config = load_config([folder / "config.yaml"])
     family_of(config.model)
-    found_step, path = find(folder, step)
     tokenizer = exported(config)
     with whole_folder(output) as beside:
         made = convert(config, CheckpointWeights(config, path), dtype, tokenizer)
         write(beside, made, tokenizer)
     size = sum(size for _, size, _ in made.tensors)
-    line = f"{output}: {made.family.name} of {folder} after {found_step} steps, {len(made.tensors)} tensors of {dtype}"
+    line = f"{output}: {made.family.name} of {folder} after {step} steps, {len(made.tensors)} tensors of {dtype}"
     init, notes = config.train.init, []
     if init is not None and not (Path(init) / MANIFEST).is_file():
         notes.append(f"{init}: not there any more; rows that import added to the vocabulary, if any, were not cut off")
     return [f"{line}, {size / 1e6:,.1f} MB", *notes, *tokenizer.notes]
-
-
-def split(run: str) -> tuple[Path, int | None]:
-    """RUN[@STEP]."""
-    name, at, step = run.rpartition("@")
-    if not at or not step.isdecimal():
-        return Path(run), None
-    return Path(name), int(step)
 
 
 def convert(

@@ -19,7 +19,7 @@ from megamup.convert.hf import tokenizer
 from megamup.convert.hf.families import Family, family_named
 from megamup.convert.hf.fold import Part, factors, parts, shapes, unfold
 from megamup.convert.hf.folder import Made, ModelFolder, Renamed, read_json, whole_folder, write_tensors
-from megamup.convert.hf.settings import Settings
+from megamup.convert.hf.settings import Settings, required
 from megamup.convert.hf.tables import Entry
 from megamup.convert.hf.tables import without_biases as entries_without_biases
 from megamup.errors import MegamupError
@@ -80,7 +80,8 @@ def convert(theirs: ModelFolder, overrides: Sequence[str] = (), where: Mapping[s
     Raises:
         MegamupError: see `import_folder`.
     """
-    family = family_named(next(iter(theirs.settings.get("architectures") or []), None))
+    named = theirs.settings.get("architectures")
+    family = family_named(named[0] if isinstance(named, list) and named else named)
     tensors = Renamed(theirs, names_of(family, theirs))
     notes: list[str] = []
     section, rows = section_of(family, theirs, tensors)
@@ -133,10 +134,7 @@ def section_of(family: Family, theirs: ModelFolder, tensors: Renamed) -> tuple[d
     section = family.section(theirs.settings)
     if family.model_type == "t5":  # its class ties where there is no readout in the file, whatever config.json says
         section["tie_embeddings"] = "lm_head.weight" not in tensors
-    rows = theirs.settings.get("vocab_size")
-    if not isinstance(rows, int) or rows < 1:
-        raise MegamupError(f"config.json: vocab_size={rows!r}; expected a positive number")
-    return {key: value for key, value in section.items() if value is not None}, rows
+    return {key: value for key, value in section.items() if value is not None}, required(theirs.settings, "vocab_size")
 
 
 def settings(
@@ -181,6 +179,8 @@ SPECIAL = {"bert": ("[MASK]", "mask_id"), "t5": ("<extra_id_0>", "first_sentinel
 def objective_of(family: Family, theirs: ModelFolder, notes: list[str]) -> dict[str, Any]:
     """Ids of what the model was trained to predict, where its files tell."""
     ids = tokenizer.special_ids(theirs.folder)
+    if type(mask := theirs.settings.get("mask_token_id")) is int:  # export writes it
+        ids.setdefault("[MASK]", mask)
     token, key = SPECIAL.get(family.model_type, ("", ""))
     if token and token not in ids:
         notes.append(f"{theirs.folder}: no file tells the id of {token}; give objective.{key} if it isn't the highest")

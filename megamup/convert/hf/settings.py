@@ -29,13 +29,13 @@ SYNONYMS = {
 }
 
 
-def activation(known: Mapping[str, str], key: str, theirs: str) -> str:
+def activation(known: Mapping[str, str], key: str, theirs: Any) -> str:
     """Ours of this name of theirs.
 
     Raises:
         MegamupError: there is none.
     """
-    wanted = SYNONYMS.get(theirs, theirs)
+    wanted = SYNONYMS.get(theirs, theirs) if isinstance(theirs, str) else None
     for ours, name in known.items():
         if SYNONYMS.get(name, name) == wanted:
             return ours
@@ -53,10 +53,14 @@ def refuse(settings: Settings, **expected: Any) -> None:
             )
 
 
-def required(settings: Settings, key: str) -> Any:
-    if settings.get(key) is None:
+def required(settings: Settings, key: str) -> int:
+    """A size. Raises MegamupError where it isn't there, or is none."""
+    found = settings.get(key)
+    if found is None:
         raise MegamupError(f"config.json: {key} is missing; expected the class's own config.json, whole")
-    return settings[key]
+    if type(found) is not int or found < 1:
+        raise MegamupError(f"config.json: {key}={found!r}; expected a whole number above 0")
+    return found
 
 
 # ----------------------------------------------------------------------------- gpt2
@@ -183,8 +187,15 @@ def llama_section(settings: Settings) -> dict[str, Any]:
     }
 
 
+MISTRAL = {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131_072}
+"""What the class takes where config.json has no such key; Llama has other defaults, or none."""
+MIXTRAL = MISTRAL | {"sliding_window": None, "rms_norm_eps": 1e-5, "rope_theta": 1e6}
+QWEN = {"max_position_embeddings": 32_768}
+
+
 def mistral_section(settings: Settings) -> dict[str, Any]:
-    return llama_section(settings) | {"window": settings.get("sliding_window")}
+    known = MISTRAL | dict(settings)
+    return llama_section(known) | {"window": known["sliding_window"]}
 
 
 def mixtral_section(settings: Settings) -> dict[str, Any]:
@@ -194,17 +205,16 @@ def mixtral_section(settings: Settings) -> dict[str, Any]:
         "top_k": settings.get("num_experts_per_tok", 2),
         "balance": settings.get("router_aux_loss_coef", 0.001),
     }
-    defaults = {"rms_norm_eps": 1e-5, "rope_theta": 1e6}
-    return mistral_section(defaults | dict(settings)) | {"moe": moe}
+    return mistral_section(MIXTRAL | dict(settings)) | {"moe": moe}
 
 
 def qwen2_section(settings: Settings) -> dict[str, Any]:
-    return llama_section(settings) | {"bias": True} | windows(settings)
+    return llama_section(QWEN | dict(settings)) | {"bias": True} | windows(settings)
 
 
 def qwen3_section(settings: Settings) -> dict[str, Any]:
     heads = {"head_dim": settings.get("head_dim") or 128}
-    return llama_section(dict(settings) | heads) | {"qk_norm": True} | windows(settings)
+    return llama_section(QWEN | dict(settings) | heads) | {"qk_norm": True} | windows(settings)
 
 
 def windows(settings: Settings) -> dict[str, Any]:
@@ -230,9 +240,13 @@ def windows(settings: Settings) -> dict[str, Any]:
 
 def rope_section(settings: Settings) -> dict[str, Any]:
     older = settings.get("rope_scaling") or {}
-    rope = {"rope_theta": settings.get("rope_theta", 10_000.0), **older, **(settings.get("rope_parameters") or {})}
+    newer = settings.get("rope_parameters") or {}
+    for key, value in {"rope_scaling": older, "rope_parameters": newer}.items():
+        if not isinstance(value, dict):
+            raise MegamupError(f"config.json: {key}={value!r}; expected an object, or null")
+    rope = {"rope_theta": settings.get("rope_theta", 10_000.0), **older, **newer}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    found: dict[str, Any] = {"rope_theta": float(rope["rope_theta"])}
+    found: dict[str, Any] = {"rope_theta": rope["rope_theta"]}
     if rope.get("partial_rotary_factor", settings.get("partial_rotary_factor", 1.0)) != 1.0:
         raise MegamupError("config.json: partial_rotary_factor turns a part of each head only; expected 1.0")
     if kind == "default":
@@ -306,7 +320,8 @@ def t5_settings(model: Model) -> dict[str, Any]:
 
 def t5_section(settings: Settings) -> dict[str, Any]:
     projection = settings.get("feed_forward_proj", "relu")
-    known = {ours: name for ours, name in T5_PROJECTION.items() if name.startswith("gated") == ("gated" in projection)}
+    gated = "gated" in str(projection)
+    known = {ours: name for ours, name in T5_PROJECTION.items() if name.startswith("gated") == gated}
     d_model, n_heads = required(settings, "d_model"), required(settings, "num_heads")
     return {
         "arch": "t5",

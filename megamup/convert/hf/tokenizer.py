@@ -42,13 +42,24 @@ def exported(config: Config) -> TokenizerFiles:
     for source in config.data.train_sources:
         path = Path(f"{source.prefix}.json")
         if not path.is_file():
-            notes.append(f"{path}: not there, so the tokenizer isn't known")
+            where = "" if path.is_absolute() else f" below {Path.cwd()} (export where training ran)"
+            notes.append(f"{path}: not there{where}, so the tokenizer isn't known")
             continue
         manifest = Manifest.read(path)
         if manifest.tokenizer.folder is None:
             notes.append(f"{path}: names no tokenizer's folder; only the end-of-document id is known")
             return TokenizerFiles(eod_id=manifest.eod_id, notes=(*notes, NONE_WRITTEN))
-        return files_of(load_tokenizer(str(path.parent / manifest.tokenizer.folder)), config.model.max_seq_len)
+        folder = path.parent / manifest.tokenizer.folder
+        if not folder.is_dir():
+            notes.append(f"{folder}: not there; only the end-of-document id is known")
+            return TokenizerFiles(eod_id=manifest.eod_id, notes=(*notes, NONE_WRITTEN))
+        found = load_tokenizer(str(folder))
+        if found.sha256 != manifest.tokenizer.sha256:
+            raise MegamupError(
+                f"{folder} holds another tokenizer ({found.sha256[:12]}) than the one that made {path} "
+                f"({manifest.tokenizer.sha256[:12]}); put that one there, or move the folder away to export without one"
+            )
+        return files_of(found, config.model.max_seq_len)
     kept = config.run.folder / FOLDER
     if kept.is_dir():
         return TokenizerFiles({path.name: path.read_bytes() for path in sorted(kept.iterdir())}, notes=tuple(notes))

@@ -125,6 +125,18 @@ class Config(Section):
                 f"objective.decoder_len={self.decoder_len} is longer than model.max_seq_len={model.max_seq_len}; raise "
                 "that, or lower data.seq_len or the objective's density"
             )
+        self.check_training()
+        stage = self.zero_stage  # reads the file, so that a wrong one is found here
+        if pipeline > 1 and stage > 1:
+            raise ValueError(
+                f"deepspeed={self.deepspeed} is ZeRO {stage}, but parallel.pipeline={pipeline} "
+                "works with ZeRO 0 or 1 only (DeepSpeed partitions gradients against the pipeline's "
+                "accumulation); use ds_configs/zero1.json or pipeline=1"
+            )
+        return self
+
+    def check_training(self) -> None:
+        """Keys of training, data and kernels among each other."""
         if self.schedule.warmup_steps > self.train.steps:
             raise ValueError(
                 f"schedule.warmup_steps={self.schedule.warmup_steps} exceeds train.steps={self.train.steps}"
@@ -141,14 +153,6 @@ class Config(Section):
                 f"train.profile={list(self.train.profile)}: expected its first and last step, in this order, neither "
                 f"above train.steps={self.train.steps}"
             )
-        stage = self.zero_stage  # reads the file, so that a wrong one is found here
-        if pipeline > 1 and stage > 1:
-            raise ValueError(
-                f"deepspeed={self.deepspeed} is ZeRO {stage}, but parallel.pipeline={pipeline} "
-                "works with ZeRO 0 or 1 only (DeepSpeed partitions gradients against the pipeline's "
-                "accumulation); use ds_configs/zero1.json or pipeline=1"
-            )
-        return self
 
     def check_parametrization(self) -> None:
         """What a parametrization has no rule for."""

@@ -124,7 +124,7 @@ class Model(Section):
     """A token sees this many of the latest positions, its own among them (Beltagy et al. 2020)."""
     global_every: Positive | None = None
     """With ``window``: every k-th block, the last of each k, sees all (Gemma 2: 2, Gemma 3: 6)."""
-    rope_theta: PositiveFloat = 10_000.0
+    rope_theta: Annotated[float, Field(gt=1)] = 10_000.0
     rope_scaling: RopeScaling | None = None
     relative_buckets: Annotated[int, Field(ge=4, strict=True)] = 32
     """Distances that relative positions tell apart; far ones share a bucket."""

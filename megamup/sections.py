@@ -65,6 +65,7 @@ class Sigma(RoleValues):
 class Alpha(RoleValues):
     """Forward multipliers (the table's α)."""
 
+    readout: PositiveFloat = 1.0
     attention: PositiveFloat = 1.0
     """Multiplies the attention logits (an inverse temperature)."""
     activation: PositiveFloat = 1.0

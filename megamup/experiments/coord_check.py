@@ -228,7 +228,7 @@ def shrinks_at_init(config: Config, grow: Grow, fixed_kv: bool) -> tuple[str, ..
     """Endings of the modules whose output at initialization falls with width by design."""
     zero, found = config.mup.zero_init, ["readout", "moe.router"]  # they sum n random terms, divided by n
     if zero.query:
-        found += [".query"]
+        found += [".query", ".query_norm"]
     if zero.query or grow == "d_head":  # q·k over d_head, of vectors not correlated yet
         found += [".logits"]
     if fixed_kv:  # see mup.py: keys and values of fixed size are a kind of readout

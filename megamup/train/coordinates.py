@@ -104,7 +104,8 @@ def named_modules(engine: Engine) -> Iterator[nn.Module]:
 
 
 def attention_logits(core: CoreAttention, query: Tensor, key: Tensor) -> Tensor:
-    """What queries and keys give the softmax, of the pairs that a causal mask leaves: flat, the others left out.
+    """What queries and keys give the softmax, before caps and relative biases: of the pairs that a causal mask leaves,
+    flat, the others left out.
 
     Args:
         query: (batch, heads / tensor, seq, d_head)

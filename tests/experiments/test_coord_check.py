@@ -111,7 +111,7 @@ def test_what_shrinks_at_initialization_by_design(make_config: MakeConfig) -> No
     fixed = {f".{part}" for part in ("key", "value", "logits", "core", "output")}
     assert set(shrinks_at_init(plain, "heads", True)) == {"readout", "moe.router"} | fixed
     zero = make_config("mup.zero_init.query=true", "mup.zero_init.residual_out=true")
-    starts_at_zero = {".query", ".logits", ".output", ".down", ".moe"}
+    starts_at_zero = {".query", ".query_norm", ".logits", ".output", ".down", ".moe"}
     assert set(shrinks_at_init(zero, "heads", False)) == {"readout", "moe.router"} | starts_at_zero
 
 

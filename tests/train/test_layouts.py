@@ -53,9 +53,10 @@ MODELS = {
         "model.arch=t5",
         "model.vocab_size=272",
         "objective.sentinels=8",
+        "objective.decoder_len=16",
         "model.tie_embeddings=true",
         "data.documents=true",
-        "optim.grad_clip=0.5",
+        "optim.grad_clip=2.0",
     ),
 }
 ARCHS = ["llama", "gpt", "bert", "t5"]

@@ -17,6 +17,7 @@ from megamup.files import sync_folder
 from megamup.parallel.stored import safetensors
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+FLOATS = ("F64", "F32", "F16", "BF16")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 SHARD_BYTES = 5_000_000_000
 """Of a file, as `save_pretrained` cuts."""
@@ -70,8 +71,13 @@ class ModelFolder(Mapping[str, Tensor]):
         for name in handle.keys():  # noqa: SIM118 (not a mapping)
             if name in self._files:
                 raise MegamupError(f"{self.folder}: {name} is in {self._files[name]} and in {file}; expected it once")
-            self._files[name] = file
-            self.shapes[name] = tuple(handle.get_slice(name).get_shape())
+            part = handle.get_slice(name)
+            if (kind := part.get_dtype()) not in FLOATS:
+                raise MegamupError(
+                    f"{self.folder / file}: {name} is of type {kind}, expected {', '.join(FLOATS)}: quantized weights "
+                    "can't be trained on; take the model before it was quantized"
+                )
+            self._files[name], self.shapes[name] = file, tuple(part.get_shape())
 
     def _handle(self, file: str) -> Any:
         """One file is open at a time."""

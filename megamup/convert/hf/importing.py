@@ -41,7 +41,7 @@ class Imported:
     """The config, but for what an import can't know (data, steps), unless it was given."""
     config: Config
     vocab_size: int
-    """Theirs; the config's may be larger."""
+    """Rows that mean something: theirs, or those that were asked for. The config's may be more, for its layout."""
     weights: Sequence[Made]
     notes: list[str]
 
@@ -101,7 +101,8 @@ def convert(theirs: ModelFolder, overrides: Sequence[str] = (), where: Mapping[s
         (name, 4 * parameter.size, partial(weight, parameter, made_of.get(name, []), factor[name], tensors))
         for name, parameter in parameters(config.model).items()
     ]
-    return Imported(values, config, rows, weights, notes)
+    asked = [parse_override(override).get("model", {}).get("vocab_size") for override in overrides]
+    return Imported(values, config, max([rows, *(count for count in asked if count)]), weights, notes)
 
 
 def weight(parameter: Parameter, made_of: list[Part], factor: float, theirs: Mapping[str, Tensor]) -> Tensor:
@@ -164,7 +165,7 @@ def settings(
         if wanted > rows:
             notes.append(
                 f"model.vocab_size={wanted}: {wanted - rows} rows of zeros were added to the model's {rows}; their "
-                "logits begin at 0 and training lowers them; export cuts them off"
+                "logits begin at 0 and training lowers them; export cuts off those that nobody asked for"
             )
     dropout = [key for key, value in theirs.settings.items() if "drop" in key and value]
     if dropout:

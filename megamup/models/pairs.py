@@ -27,10 +27,13 @@ class PairHead(nn.Module):
         self.multipliers = [context.table[f"{part}.weight"].multiplier for part in ("pooler", "pair")]
         # DeepSpeed divides by the micro batches, and means over data x context ranks, of which one computes anything.
         self.loss_weight = context.mesh.context.size / context.micro_batches
+        self.last_loss = torch.zeros(())
+        """Of the last batch, for what watches it: mean over its pairs, nats; of meaning on the first stretch alone."""
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         known = labels[:, 0] >= 0  # past the end of held-out text there is no label
         loss = (F.cross_entropy(self.logits(x), labels[:, 0].clamp(min=0), reduction="none") * known).mean()
+        self.last_loss = loss.detach()
         return inject(x, loss * float(self.mesh.stretch == 0), self.loss_weight)
 
     def logits(self, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ what a large run is to show; growing attention and output logits announce an ins
     activation_rms_NAME     residual stream: embedding, blocks.0, ..., final_norm
     moe_balance, moe_z      what routers add to the gradients, before its factors: means over their layers
     moe_max_share           largest share of a micro batch's choices that fell on one expert, over layers and ranks
+    pair_loss               nats of BERT's classifier of two texts
 
 All but the first are of the training forward itself, of each data rank's first micro batch. Other steps pay nothing.
 """
@@ -33,6 +34,7 @@ from megamup.config import Config
 from megamup.model import Model
 from megamup.models.attention import CoreAttention
 from megamup.models.moe import Router
+from megamup.models.pairs import PairHead
 from megamup.parallel.layers import counted, shared_out, spec_of
 from megamup.parallel.loss import CrossEntropy
 from megamup.parallel.mesh import Mesh
@@ -42,6 +44,7 @@ from megamup.train.engine import Engine
 
 ATTENTION, OUTPUT = MAXIMA = ("attention_logit_max", "output_logit_max")
 BALANCE, Z, MAX_SHARE = "moe_balance", "moe_z", "moe_max_share"
+PAIR = "pair_loss"
 AT_A_TIME = 2**24
 """Elements of a temporary: 64 MiB in fp32, however long the sequence or large the shard."""
 
@@ -60,6 +63,7 @@ class Monitor:
         if self.routers:
             self.sums += (BALANCE, Z)
             self.maxima = (*MAXIMA, MAX_SHARE)
+        self.sums += [PAIR] if config.model.pair_head else []
         self.seen: dict[str, Tensor] = {}
 
     @contextlib.contextmanager
@@ -91,7 +95,8 @@ class Monitor:
         shares = self.mesh.replicas.size * (self.mesh.tensor.size if self.mesh.sequence else 1)
         rms = {f"activation_rms_{name}": sqrt(sums[name] / shares) for name in self.stream.values()}
         routed = {name: sums[name] / (self.routers * self.mesh.data.size) for name in (BALANCE, Z) if self.routers}
-        return ratios | maxima | rms | routed
+        paired = {PAIR: sums[PAIR] / self.mesh.data.size} if PAIR in sums else {}
+        return ratios | maxima | rms | routed | paired
 
     def add(self, name: str, value: Tensor) -> None:
         self.seen[name] = self.seen[name] + value if name in self.seen else value
@@ -107,6 +112,8 @@ class Monitor:
                 yield first_forward(module, self.see_logits)
             elif isinstance(module, Router) and self.mesh.tensor.rank == 0:  # alike on all tensor ranks
                 yield first_forward(module, self.see_router)
+            elif isinstance(module, PairHead) and self.mesh.tensor.rank == 0 and self.mesh.stretch == 0:
+                yield first_forward(module, self.see_pairs)
             elif getattr(module, "name", None) in self.stream and own_stream and not again(module):
                 yield first_forward(module, self.see_stream)
 
@@ -129,6 +136,10 @@ class Monitor:
         self.add(Z, losses.z)
         largest = chosen.flatten().bincount().amax() / chosen.numel()
         self.seen[MAX_SHARE] = torch.maximum(self.seen.get(MAX_SHARE, largest), largest)
+
+    def see_pairs(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        assert isinstance(module, PairHead)
+        self.add(PAIR, module.last_loss)
 
     # ------------------------------------------------------------------- update
 

@@ -70,6 +70,29 @@ def test_an_embedding_that_stages_share_is_measured_once(make_config: Any, read_
         assert cut == pytest.approx(alone, rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("ranks", "overrides"),
+    [
+        (2, ["parallel.tensor=2", "parallel.sequence=true"]),
+        (2, ["parallel.pipeline=2"]),
+        (2, ["parallel.context=2"]),
+        (2, ["batch.micro_sequences=4", "deepspeed=ds_configs/zero3.json"]),
+    ],
+)
+def test_the_loss_of_pairs_is_reported_alike(
+    make_config: Any, read_metrics: Any, ranks: int, overrides: list[str]
+) -> None:
+    pairs = ("model.arch=bert", "model.vocab_size=272", "model.pair_head=true", "objective.pairs=sentence_order")
+    short = (*layout(1, 1, 1, 0), "model.n_kv_heads=4", "run.name=alone")
+    alone, config = make_config(*pairs, *short), make_config(*pairs, *short, "run.name=cut", *overrides)
+    run_ranks(train, 1, alone)
+    run_ranks(train, ranks, config)
+    found, expected = ([record["pair_loss"] for record in read_metrics(each)] for each in (config, alone))
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert 0.3 < expected[0] < 1.5  # two classes, not learnt yet
+    assert expected[0] != expected[-1]
+
+
 @pytest.mark.parametrize("arch", ["gpt", "llama"])
 @pytest.mark.parametrize(("tensor", "pipeline", "data", "zero"), LAYOUTS)
 def test_every_layout_reports_the_same(
